@@ -1,0 +1,6 @@
+"""RWKV in JAX: pure functions `(params, config, inputs, state) -> (outputs, state)`."""
+
+from .lm import count_params, forward, hidden, init, init_state, unembed
+from .models.rwkv4 import RWKV4Config
+
+__all__ = ["RWKV4Config", "count_params", "forward", "hidden", "init", "init_state", "unembed"]

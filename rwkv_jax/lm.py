@@ -1,0 +1,135 @@
+"""The language model: tokens and a state in, logits and the next state out."""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from . import params as p
+from .models import Config, module_of
+from .nn.layer_norm import layer_norm
+from .nn.linear import embed, linear
+
+
+def init(key: PRNGKeyArray, config: Config) -> Any:
+    """Returns freshly initialised float32 parameters, as the version's own code initialises them."""
+    return p.init(key, module_of(config).declare(config), config.num_layers)
+
+
+def init_state(config: Config, batch_size: int, dtype: Any = jnp.float32) -> Any:
+    """Returns the zero state of `batch_size` sequences: layers first, then batch."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    return module_of(config).init_state(config, batch_size, dtype)
+
+
+def count_params(config: Config) -> int:
+    """Returns the number of scalars in the parameters."""
+    return p.count(module_of(config).declare(config), config.num_layers)
+
+
+def forward(
+    params: Any,
+    config: Config,
+    tokens: Int[Array, "B T"],
+    state: Any = None,
+    reset: Bool[Array, "B T"] | None = None,
+    length: Int[Array, "B"] | None = None,
+    backend: str | None = None,
+    *,
+    positions: Literal["all", "last"] = "all",
+) -> tuple[Float[Array, "B T A"], Any]:
+    """Returns the logits of the next token at every position, and the state after the last token.
+
+    One function for every mode: T = 1 is the RNN's step, T > 1 is training or prefill, and a sequence cut anywhere and
+    carried over in the state gives the same numbers as the whole.
+
+    Args:
+        params: From `init` or `load`. float64 parameters compute everything in float64.
+        config: The model's; static under jit.
+        tokens: Ids. One outside the vocabulary raises here, or, traced under jit, makes its row's logits NaN.
+        state: From an earlier call or `init_state`; None is the zero state.
+        reset: True where a token starts a new sequence: it sees nothing before it, not even `state`. None: nowhere.
+        length: How many tokens of each row count, 0 to T; those after leave the state untouched and their logits
+            unspecified. None: all T.
+        backend: Of the WKV operator: "scan" (one lax.scan over time, differentiable in any mode), "parallel" (over time,
+            reverse-mode), or None for the best here.
+        positions: "last" gives the logits of the last token that counts only, [B, 1, A], and computes no others.
+
+    Returns:
+        logits float32 (float64 for float64 parameters) [B, T, A], and the state, constant in size.
+
+    Raises:
+        ValueError, TypeError: Shapes, dtypes, tokens or backend do not fit; the message names value and rule.
+    """
+    x, state = hidden(params, config, tokens, state, reset, length, backend)
+    if positions == "last":
+        index = jnp.full((x.shape[0],), x.shape[1] - 1) if length is None else jnp.maximum(length - 1, 0)
+        x = jnp.take_along_axis(x, index[:, None, None], axis=1)
+    elif positions != "all":
+        raise ValueError(f"positions={positions!r}; it must be 'all' or 'last'")
+    return unembed(params, x), state
+
+
+def hidden(
+    params: Any,
+    config: Config,
+    tokens: Int[Array, "B T"],
+    state: Any = None,
+    reset: Bool[Array, "B T"] | None = None,
+    length: Int[Array, "B"] | None = None,
+    backend: str | None = None,
+) -> tuple[Float[Array, "B T D"], Any]:
+    """Returns what the head reads, after ln_out, in the compute dtype; arguments and state as in `forward`."""
+    model = module_of(config)
+    _check(params, config, tokens, state, reset, length)
+    wide = jnp.float64 if params.emb.dtype == jnp.float64 else jnp.float32
+    dtype = wide if wide == jnp.float64 else jnp.dtype(config.dtype)
+    state = init_state(config, tokens.shape[0], wide) if state is None else state
+    state = jax.tree.map(lambda leaf: leaf.astype(wide), state)
+
+    def layer(x, inputs):
+        block_params, block_state = inputs
+        return model.block(block_params, config, x, block_state, reset=reset, length=length, backend=backend)
+
+    if config.remat == "block":
+        layer = jax.checkpoint(layer, prevent_cse=False)
+    x = layer_norm(params.ln0, embed(params.emb, tokens).astype(dtype))
+    x, state = jax.lax.scan(layer, x, (params.blocks, state))
+    return layer_norm(params.ln_out, x), state
+
+
+def unembed(params: Any, x: Float[Array, "B T D"]) -> Float[Array, "B T A"]:
+    """Returns the logits, float32 or wider, of what `hidden` gives."""
+    return linear(x, params.head, dtype=jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _check(params, config, tokens, state, reset, length):
+    p.check_shapes(params, module_of(config).declare(config), config.num_layers)
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise TypeError(f"tokens are {tokens.dtype}; they must be integer ids, such as int32")
+    if tokens.ndim != 2 or 0 in tokens.shape:
+        raise ValueError(f"tokens have shape {tokens.shape}; they must be [B, T], both at least 1 (tokens[None] for one row)")
+    batch_size, num_tokens = tokens.shape
+    if not isinstance(tokens, jax.core.Tracer):
+        low, high = int(np.min(tokens)), int(np.max(tokens))
+        if low < 0 or high >= config.vocab_size:
+            raise ValueError(
+                f"tokens run from {low} to {high}; with vocab_size={config.vocab_size} they must be 0 to "
+                f"{config.vocab_size - 1}: the tokenizer does not fit this model"
+            )
+    if reset is not None and (reset.shape != tokens.shape or reset.dtype != jnp.bool_):
+        raise ValueError(f"reset is {reset.dtype} {reset.shape}; it must be bool {tokens.shape}, as tokens")
+    if length is not None and (length.shape != (batch_size,) or not jnp.issubdtype(length.dtype, jnp.integer)):
+        raise ValueError(f"length is {length.dtype} {length.shape}; it must be an integer for each row, ({batch_size},)")
+    if length is not None and not isinstance(length, jax.core.Tracer):
+        low, high = int(np.min(length)), int(np.max(length))
+        if low < 0 or high > num_tokens:
+            raise ValueError(f"length runs from {low} to {high}; it must be 0 to T, which is {num_tokens}")
+    if state is not None:
+        expected = jax.eval_shape(lambda: init_state(config, batch_size))
+        given, wanted = jax.tree.map(jnp.shape, state), jax.tree.map(jnp.shape, expected)
+        if given != wanted:
+            raise ValueError(f"state is {given}; {batch_size} rows of this model need {wanted}")

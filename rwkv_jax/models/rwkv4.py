@@ -1,0 +1,266 @@
+"""RWKV-4 ("Dove"): the model of the paper.
+
+Differences from upstream: only what the released Pile models use (no pre_ffn, tiny_att, head_qk or positional embedding);
+the initialisation is that of the code where the paper's text deviates.
+
+Source: arXiv 2305.13048, section 3 and appendices D and E; BlinkDL/RWKV-LM, RWKV-v4neo/src/model.py.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from rwkv_kernels import WKV4State, wkv4
+from rwkv_kernels.wkv4 import init_wkv4_state
+
+from .. import params as p
+from ..nn.layer_norm import LayerNorm, declare_layer_norm, layer_norm
+from ..nn.linear import linear
+from ..nn.token_shift import token_shift
+
+
+@dataclass(frozen=True)
+class RWKV4Config:
+    """The shape of an RWKV-4 and how it computes."""
+
+    architecture: Literal["rwkv4"] = "rwkv4"
+    """Which model this is."""
+    vocab_size: int = 50277
+    """Rows of the embedding and of the head (256 for bytes, 50277 or 50304 for 20B, 65536 for World)."""
+    num_layers: int = 12
+    """Blocks, each of a time mix and a channel mix."""
+    embed_dim: int = 768
+    """Width of the residual stream and of the state (channels)."""
+    ffn_dim: int | None = None
+    """Hidden width of the channel mix; none: 4 * embed_dim."""
+    embed_init: float = 1e-4
+    """Bound of the uniform initialisation of the embedding; RWKV-4 upstream uses the initial learning rate."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What activations and matrix products are computed in; layer norms, WKV and logits are always float32."""
+    remat: Literal["block", "none"] = "block"
+    """What the backward pass recomputes instead of storing: every block from its input, or nothing."""
+
+    def __post_init__(self):
+        for name in ("vocab_size", "num_layers", "embed_dim", "ffn_dim"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"model.{name} is {value}; it must be at least 1")
+        if self.embed_init <= 0:
+            raise ValueError(f"model.embed_init is {self.embed_init}; it must be positive")
+
+    @property
+    def hidden_dim(self) -> int:
+        """The hidden width of the channel mix."""
+        return self.ffn_dim or 4 * self.embed_dim
+
+
+class TimeMix(NamedTuple):
+    """Parameters of the time mix: [D] for the first five, then [D, D], applied as x @ matrix."""
+
+    time_mix_k: p.Leaf
+    time_mix_v: p.Leaf
+    time_mix_r: p.Leaf
+    time_decay: p.Leaf
+    time_first: p.Leaf
+    key: p.Leaf
+    value: p.Leaf
+    receptance: p.Leaf
+    output: p.Leaf
+
+
+class ChannelMix(NamedTuple):
+    """Parameters of the channel mix: [D], [D], then key [D, F], receptance [D, D], value [F, D]."""
+
+    time_mix_k: p.Leaf
+    time_mix_r: p.Leaf
+    key: p.Leaf
+    receptance: p.Leaf
+    value: p.Leaf
+
+
+class Block(NamedTuple):
+    """Parameters of one block; in `Params` every leaf has a leading layer axis."""
+
+    ln1: LayerNorm
+    att: TimeMix
+    ln2: LayerNorm
+    ffn: ChannelMix
+
+
+class Params(NamedTuple):
+    """All parameters: embedding [A, D], blocks stacked over layers, head [D, A]."""
+
+    emb: p.Leaf
+    ln0: LayerNorm
+    blocks: Block
+    ln_out: LayerNorm
+    head: p.Leaf
+
+
+class State(NamedTuple):
+    """What the model remembers: [B, D] each in one layer, [L, B, D] for the model; float32 (or float64).
+
+    att_x and ffn_x are the normalised inputs of the last token; aa, bb, pp are WKV's sums, scaled by exp(-pp).
+    """
+
+    att_x: Array
+    ffn_x: Array
+    aa: Array
+    bb: Array
+    pp: Array
+
+
+def declare(config: RWKV4Config) -> Params:
+    """Declares every parameter, once."""
+    width, hidden, layers = config.embed_dim, config.hidden_dim, config.num_layers
+    channel = jnp.arange(width) / width
+
+    def depth(layer):  # 0 at the first layer, 1 at the last (0 if it is the only one)
+        return layer / max(layers - 1, 1)
+
+    def mix(exponent, offset=0.0):
+        def init(key, shape, layer):
+            return channel ** (exponent * (1 - layer / layers)) + offset * depth(layer)
+
+        return init
+
+    def decay(key, shape, layer):
+        position = jnp.arange(width) / max(width - 1, 1)
+        return -5 + 8 * position ** (0.7 + 1.3 * depth(layer))
+
+    def bonus(key, shape, layer):
+        return jnp.log(0.3) + 0.5 * ((jnp.arange(width) + 1) % 3 - 1)
+
+    def vector(name, init, lr_multiple=1.0, layout: p.Layout = "1x1"):
+        return p.Param(f"blocks.{{layer}}.{name}", (width,), ("embed",), init, lr_multiple, layout=layout)
+
+    def matrix(name, shape, axes, init):
+        key = name if name.startswith(("emb", "head")) else f"blocks.{{layer}}.{name}"
+        layout: p.Layout = "same" if name.startswith("emb") else "transposed"
+        return p.Param(f"{key}.weight", shape, axes, init, decays=True, layout=layout)
+
+    square = (width, width)
+    att = TimeMix(
+        time_mix_k=vector("att.time_mix_k", mix(1.0)),
+        time_mix_v=vector("att.time_mix_v", mix(1.0, offset=0.3)),
+        time_mix_r=vector("att.time_mix_r", mix(0.5)),
+        time_decay=vector("att.time_decay", decay, lr_multiple=2.0, layout="same"),
+        time_first=vector("att.time_first", bonus, lr_multiple=3.0, layout="same"),
+        key=matrix("att.key", square, ("embed", "att"), p.zeros),
+        value=matrix("att.value", square, ("embed", "att"), p.orthogonal(1.0)),
+        receptance=matrix("att.receptance", square, ("embed", "att"), p.zeros),
+        output=matrix("att.output", square, ("att", "embed"), p.zeros),
+    )
+    ffn = ChannelMix(
+        time_mix_k=vector("ffn.time_mix_k", mix(1.0)),
+        time_mix_r=vector("ffn.time_mix_r", mix(1.0)),
+        key=matrix("ffn.key", (width, hidden), ("embed", "ffn"), p.orthogonal(max(1.0, hidden / width) ** 0.5)),
+        receptance=matrix("ffn.receptance", square, ("embed", "embed_out"), p.zeros),
+        value=matrix("ffn.value", (hidden, width), ("ffn", "embed"), p.zeros),
+    )
+    block = Block(
+        declare_layer_norm("blocks.{layer}.ln1", width), att, declare_layer_norm("blocks.{layer}.ln2", width), ffn
+    )
+    head_gain = 0.5 * max(1.0, config.vocab_size / width) ** 0.5
+    return Params(
+        emb=matrix("emb", (config.vocab_size, width), ("vocab", "embed"), p.uniform(config.embed_init)),
+        ln0=declare_layer_norm("blocks.0.ln0", width),
+        blocks=block,
+        ln_out=declare_layer_norm("ln_out", width),
+        head=matrix("head", (width, config.vocab_size), ("embed", "vocab"), p.orthogonal(head_gain)),
+    )
+
+
+def init_state(config: RWKV4Config, batch_size: int, dtype=jnp.float32) -> State:
+    """Returns the zero state of all layers, [L, batch_size, D] each."""
+    layer = partial(jnp.zeros, (batch_size, config.embed_dim), dtype)
+    one = State(layer(), layer(), *init_wkv4_state(batch_size, config.embed_dim, dtype))
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (config.num_layers, *x.shape)), one)
+
+
+def time_mix(
+    params: TimeMix,
+    config: RWKV4Config,
+    x: Float[Array, "B T D"],
+    state: State,
+    *,
+    reset: Bool[Array, "B T"] | None = None,
+    length: Int[Array, "B"] | None = None,
+    backend: str | None = None,
+) -> tuple[Float[Array, "B T D"], State]:
+    """Returns Wo (sigmoid(r) * wkv(k, v)) of the normalised input, and the state with att_x, aa, bb, pp moved on.
+
+    Args:
+        params: One layer's, without the layer axis.
+        config: The model's.
+        x: Input after ln1, in the compute dtype.
+        state: One layer's, [B, D] each.
+        reset: True where a token starts a sequence.
+        length: Tokens of each row that count; None is T.
+        backend: Of wkv4.
+
+    Source: arXiv 2305.13048, equations 13 to 17.
+    """
+    del config
+    shifted, att_x = token_shift(x, state.att_x, reset, length)
+    k = linear(_mix(x, shifted, params.time_mix_k), params.key)
+    v = linear(_mix(x, shifted, params.time_mix_v), params.value)
+    r = linear(_mix(x, shifted, params.time_mix_r), params.receptance)
+    w = -jnp.exp(params.time_decay.astype(state.aa.dtype))
+    wkv, (aa, bb, pp) = wkv4(
+        k, v, w, params.time_first, WKV4State(state.aa, state.bb, state.pp),
+        reset=reset, length=length, backend=backend,
+    )  # fmt: skip
+    y = linear(jax.nn.sigmoid(r) * wkv, params.output)
+    return y, state._replace(att_x=att_x, aa=aa, bb=bb, pp=pp)
+
+
+def channel_mix(
+    params: ChannelMix,
+    config: RWKV4Config,
+    x: Float[Array, "B T D"],
+    state: State,
+    *,
+    reset: Bool[Array, "B T"] | None = None,
+    length: Int[Array, "B"] | None = None,
+) -> tuple[Float[Array, "B T D"], State]:
+    """Returns sigmoid(r) * Wv relu(k)^2 of the normalised input, and the state with ffn_x moved on.
+
+    Args: as in `time_mix`, with x after ln2.
+
+    Source: arXiv 2305.13048, equation 18.
+    """
+    del config
+    shifted, ffn_x = token_shift(x, state.ffn_x, reset, length)
+    k = linear(_mix(x, shifted, params.time_mix_k), params.key)
+    r = linear(_mix(x, shifted, params.time_mix_r), params.receptance)
+    y = jax.nn.sigmoid(r) * linear(jnp.square(jax.nn.relu(k)), params.value)
+    return y, state._replace(ffn_x=ffn_x)
+
+
+def block(
+    params: Block,
+    config: RWKV4Config,
+    x: Float[Array, "B T D"],
+    state: State,
+    *,
+    reset: Bool[Array, "B T"] | None = None,
+    length: Int[Array, "B"] | None = None,
+    backend: str | None = None,
+) -> tuple[Float[Array, "B T D"], State]:
+    """Returns x + time mix + channel mix, and the layer's new state; arguments as in `time_mix`, x being the residual."""
+    y, state = time_mix(
+        params.att, config, layer_norm(params.ln1, x), state, reset=reset, length=length, backend=backend
+    )
+    x = x + y
+    y, state = channel_mix(params.ffn, config, layer_norm(params.ln2, x), state, reset=reset, length=length)
+    return x + y, state
+
+
+def _mix(x, shifted, weight):
+    weight = weight.astype(x.dtype)
+    return x * weight + shifted * (1 - weight)

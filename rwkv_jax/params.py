@@ -1,0 +1,166 @@
+"""One declaration a parameter, and everything that follows from it.
+
+A model declares its parameters as a tree of `Param` (its own NamedTuples with a `Param` at each leaf). Initialisation, shapes,
+parameter counts, optimiser groups, sharding axes and the official checkpoint keys are read off that tree here.
+"""
+
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Initialiser = Callable[[jax.Array, tuple[int, ...], int], jax.Array]
+"""(random key, shape, index of the layer) -> float32 array."""
+
+Layout = Literal["same", "transposed", "1x1"]
+"""How an official checkpoint stores one layer's tensor: as ours, with its two axes swapped, or as [1, 1, D]."""
+
+
+Leaf = Any
+"""A leaf of a parameter tree: an array, or what stands in its place, such as its `Param`, its shape or its sharding."""
+
+
+@dataclass(frozen=True)
+class Param:
+    """The declaration of one parameter. It is a leaf of a tree, not a node."""
+
+    key: str
+    """Official name in checkpoints, with {layer} where it has one; ours are then stacked on a leading layer axis."""
+    shape: tuple[int, ...]
+    """Shape in one layer."""
+    axes: tuple[str, ...]
+    """Logical name of each axis, for sharding."""
+    init: Initialiser
+    lr_multiple: float = 1.0
+    """Multiple of the learning rate."""
+    decays: bool = False
+    """Whether weight decay, if any, applies."""
+    layout: Layout = "same"
+
+    @property
+    def stacked(self) -> bool:
+        """Whether every layer has one."""
+        return "{layer}" in self.key
+
+    def stacked_shape(self, num_layers: int) -> tuple[int, ...]:
+        """The shape in the parameter tree."""
+        return (num_layers, *self.shape) if self.stacked else self.shape
+
+    def keys(self, num_layers: int) -> list[str]:
+        """The official name of every layer's tensor."""
+        return [self.key.format(layer=layer) for layer in range(num_layers)] if self.stacked else [self.key]
+
+    @property
+    def official_shape(self) -> tuple[int, ...]:
+        """The shape of one layer's tensor in an official checkpoint."""
+        return {"same": self.shape, "transposed": self.shape[::-1], "1x1": (1, 1, *self.shape)}[self.layout]
+
+
+def zeros(key: jax.Array, shape: tuple[int, ...], layer: int) -> jax.Array:
+    """All 0."""
+    del key, layer
+    return jnp.zeros(shape)
+
+
+def ones(key: jax.Array, shape: tuple[int, ...], layer: int) -> jax.Array:
+    """All 1."""
+    del key, layer
+    return jnp.ones(shape)
+
+
+def uniform(bound: float) -> Initialiser:
+    """Uniform between -bound and bound."""
+    return lambda key, shape, layer: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+
+def orthogonal(gain: float) -> Initialiser:
+    """A random matrix with orthogonal rows or columns, times `gain`."""
+    return lambda key, shape, layer: jax.nn.initializers.orthogonal(gain)(key, shape)
+
+
+def init(key: jax.Array, declaration: Any, num_layers: int) -> Any:
+    """Returns fresh float32 parameters. Each draws from its own key, which depends on nothing but `key` and its name."""
+
+    def one(param: Param) -> jax.Array:
+        own_key = jax.random.fold_in(key, zlib.crc32(param.key.encode()))
+        if not param.stacked:
+            return param.init(own_key, param.shape, 0).astype(jnp.float32)
+        layers = [param.init(jax.random.fold_in(own_key, i), param.shape, i) for i in range(num_layers)]
+        return jnp.stack(layers).astype(jnp.float32)
+
+    return jax.tree.map(one, declaration)
+
+
+def count(declaration: Any, num_layers: int) -> int:
+    """Returns the number of scalars in all parameters."""
+    return sum(int(np.prod(p.stacked_shape(num_layers))) for p in jax.tree.leaves(declaration))
+
+
+def check_shapes(params: Any, declaration: Any, num_layers: int) -> None:
+    """Raises ValueError, listing every parameter whose shape is not the declared one."""
+    expected_tree, given_tree = jax.tree.structure(declaration), jax.tree.structure(params)
+    if expected_tree != given_tree:
+        raise ValueError(
+            f"params is {given_tree}, but this config's model has {expected_tree}; make params with rwkv_jax.init or load"
+        )
+    wrong = [
+        f"{param.key}: shape {jnp.shape(x)}, the config asks for {param.stacked_shape(num_layers)}"
+        for param, x in zip(jax.tree.leaves(declaration), jax.tree.leaves(params), strict=True)
+        if jnp.shape(x) != param.stacked_shape(num_layers)
+    ]
+    if wrong:
+        raise ValueError("params do not fit the config; pass the config they were made with:\n  " + "\n  ".join(wrong))
+
+
+def to_official(params: Any, declaration: Any, num_layers: int) -> dict[str, np.ndarray]:
+    """Returns the parameters as an official checkpoint names, shapes and lays them out."""
+    tensors = {}
+    for param, value in zip(jax.tree.leaves(declaration), jax.tree.leaves(params), strict=True):
+        layers = np.asarray(value) if param.stacked else np.asarray(value)[None]
+        for key, tensor in zip(param.keys(num_layers), layers, strict=True):
+            tensor = tensor.T if param.layout == "transposed" else tensor
+            tensors[key] = np.ascontiguousarray(tensor).reshape(param.official_shape)
+    return tensors
+
+
+def official_problems(
+    shapes: Mapping[str, tuple[int, ...]], declaration: Any, num_layers: int
+) -> list[str]:
+    """Returns a line for every missing, extra or mis-shaped tensor of an official checkpoint, given its shapes."""
+    expected = {
+        key: param.official_shape for param in jax.tree.leaves(declaration) for key in param.keys(num_layers)
+    }
+    missing = [f"missing: {key} {shape}" for key, shape in expected.items() if key not in shapes]
+    extra = [f"extra: {key} {shape}" for key, shape in shapes.items() if key not in expected]
+    wrong = [
+        f"shape: {key} is {tuple(shapes[key])}, expected {shape}"
+        for key, shape in expected.items()
+        if key in shapes and tuple(shapes[key]) != shape
+    ]
+    return missing + extra + wrong
+
+
+def from_official(read: Callable[[str], np.ndarray], declaration: Any, num_layers: int, dtype: Any = None) -> Any:
+    """Returns parameters from an official checkpoint that has no `official_problems`.
+
+    Args:
+        read: Gives one tensor by its official key; called once a tensor, so that a file can stay on disk.
+        declaration: The model's.
+        num_layers: How many layers to read.
+        dtype: Of the result; None keeps each tensor's own.
+    """
+
+    def layer(param: Param, key: str) -> np.ndarray:
+        tensor = read(key)
+        tensor = tensor.T if param.layout == "transposed" else tensor.reshape(param.shape)
+        return tensor if dtype is None else tensor.astype(dtype)
+
+    def one(param: Param) -> jax.Array:
+        layers = [layer(param, key) for key in param.keys(num_layers)]
+        return jnp.asarray(np.stack(layers) if param.stacked else layers[0])
+
+    return jax.tree.map(one, declaration)
