@@ -113,7 +113,9 @@ def check_shapes(params: Any, declaration: Any, num_layers: int) -> None:
         if jnp.shape(x) != param.stacked_shape(num_layers)
     ]
     if wrong:
-        raise ValueError("params do not fit the config; pass the config they were made with:\n  " + "\n  ".join(wrong))
+        raise ValueError(
+            "params do not fit the config; pass the config they were made with:\n  " + "\n  ".join(wrong)
+        )
 
 
 def to_official(params: Any, declaration: Any, num_layers: int) -> dict[str, np.ndarray]:
@@ -127,9 +129,7 @@ def to_official(params: Any, declaration: Any, num_layers: int) -> dict[str, np.
     return tensors
 
 
-def official_problems(
-    shapes: Mapping[str, tuple[int, ...]], declaration: Any, num_layers: int
-) -> list[str]:
+def official_problems(shapes: Mapping[str, tuple[int, ...]], declaration: Any, num_layers: int) -> list[str]:
     """Returns a line for every missing, extra or mis-shaped tensor of an official checkpoint, given its shapes."""
     expected = {
         key: param.official_shape for param in jax.tree.leaves(declaration) for key in param.keys(num_layers)
@@ -144,7 +144,9 @@ def official_problems(
     return missing + extra + wrong
 
 
-def from_official(read: Callable[[str], np.ndarray], declaration: Any, num_layers: int, dtype: Any = None) -> Any:
+def from_official(
+    read: Callable[[str], np.ndarray], declaration: Any, num_layers: int, dtype: Any = None
+) -> Any:
     """Returns parameters from an official checkpoint that has no `official_problems`.
 
     Args:

@@ -22,5 +22,7 @@ _MODULES = {"rwkv4": rwkv4}
 def module_of(config: Config) -> ModuleType:
     """Returns the module that a config belongs to."""
     if type(config) not in ARCHITECTURES.values():
-        raise TypeError(f"{config!r} is not a model config; pass one of {', '.join(ARCHITECTURES)}'s, such as RWKV4Config()")
+        raise TypeError(
+            f"{config!r} is not a model config; pass one of {', '.join(ARCHITECTURES)}'s, such as RWKV4Config()"
+        )
     return _MODULES[config.architecture]

@@ -41,8 +41,9 @@ class RWKV4Config:
     """Bound of the uniform initialisation of the embedding; RWKV-4 upstream uses the initial learning rate."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What activations and matrix products are computed in; layer norms, WKV and logits are always float32."""
-    remat: Literal["block", "none"] = "block"
-    """What the backward pass recomputes instead of storing: every block from its input, or nothing."""
+    remat: Literal["block", "elementwise", "none"] = "block"
+    """What the backward pass recomputes instead of storing: every block from its input (least memory), all but the matrix
+    products (fastest on CPU), or nothing."""
 
     def __post_init__(self):
         for name in ("vocab_size", "num_layers", "embed_dim", "ffn_dim"):
@@ -158,12 +159,17 @@ def declare(config: RWKV4Config) -> Params:
     ffn = ChannelMix(
         time_mix_k=vector("ffn.time_mix_k", mix(1.0)),
         time_mix_r=vector("ffn.time_mix_r", mix(1.0)),
-        key=matrix("ffn.key", (width, hidden), ("embed", "ffn"), p.orthogonal(max(1.0, hidden / width) ** 0.5)),
+        key=matrix(
+            "ffn.key", (width, hidden), ("embed", "ffn"), p.orthogonal(max(1.0, hidden / width) ** 0.5)
+        ),
         receptance=matrix("ffn.receptance", square, ("embed", "embed_out"), p.zeros),
         value=matrix("ffn.value", (hidden, width), ("ffn", "embed"), p.zeros),
     )
     block = Block(
-        declare_layer_norm("blocks.{layer}.ln1", width), att, declare_layer_norm("blocks.{layer}.ln2", width), ffn
+        declare_layer_norm("blocks.{layer}.ln1", width),
+        att,
+        declare_layer_norm("blocks.{layer}.ln2", width),
+        ffn,
     )
     head_gain = 0.5 * max(1.0, config.vocab_size / width) ** 0.5
     return Params(

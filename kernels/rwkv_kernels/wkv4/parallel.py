@@ -5,7 +5,7 @@ gives what each adds to the state; a walk over the
 chunks turns that into the state at each chunk's start; a second walk of all chunks at once gives the outputs. So the loops are
 about sqrt(T) long, and nearly all the work is done on arrays of sqrt(T) tokens.
 
-The backward pass is the same in the other direction and stores y, the log of the denominators and one state a chunk. With
+The backward pass is the same in the other direction and stores y, the denominators and one state a chunk. With
 lse_t = log(denominator_t) and the future's demand on the state after token s
 
     A_s = sum_{t>s} exp((t-1-s) w - lse_t) gy_t         B_s the same with gy_t y_t         A'_s, B'_s = dA_s/dw, dB_s/dw
@@ -17,7 +17,8 @@ the gradients are sums of terms with weights of at most 1, so there is no cancel
     gu   = sum_s e^{u+k_s-lse_s} gy_s (v_s - y_s)
     gw   = sum_s e^{k_s} (v_s A'_s - B'_s)
 
-A is held as A e^q with a running maximum q, as `pp` does for the state. A' restarts at each chunk's end: the state at
+A is held as A e^q with a running maximum q, as `pp` does for the state, and a denominator as a number and the logarithm of its
+scale: their sum, lse, would lose the digits that keys of +-80 leave no room for. A' restarts at each chunk's end: the state at
 the chunk's start stands for all tokens before it.
 """
 
@@ -39,6 +40,14 @@ class _Demand(NamedTuple):
     a: Array
     b: Array
     q: Array
+
+
+class _Asks(NamedTuple):
+    """What each output asks: its cotangent over its denominator, itself, and the denominator's log-scale [B, N, C, D]."""
+
+    g: Array
+    y: Array
+    scale: Array
 
 
 class _Chunks(NamedTuple):
@@ -81,38 +90,31 @@ def _wkv_fwd(k, v, w, u, state, reset, length):
     k, v, w, u, state, reset, length = jax.tree.map(
         lambda x: x.value, (k, v, w, u, state, reset, length), is_leaf=lambda x: hasattr(x, "perturbed")
     )
-    y, lse, final, entries = _forward(k, v, w, u, state, reset, length)
-    return (y, final), (k, v, w, u, reset, length, y, lse, entries, final)
+    y, denominators, final, entries = _forward(k, v, w, u, state, reset, length)
+    return (y, final), (k, v, w, u, reset, length, y, denominators, entries, final)
 
 
 def _wkv_bwd(residuals, cotangents):
-    k, v, w, u, reset, length, y, lse, entries, final = residuals
+    k, v, w, u, reset, length, y, (denominator, scale), entries, final = residuals
     gy, gfinal = cotangents
-    gy = _dense(gy, y)
-    gaa, gbb = _dense(gfinal.aa, final.aa), _dense(gfinal.bb, final.bb)
     inputs = _cut(k, v, reset, length)
-    gy, y, lse = (_split(x, inputs.k.shape[2]) for x in (gy, y, lse))
-    entry_of_first = jax.tree.map(lambda x: x[:, 0], entries)
+    chunk = inputs.k.shape[2]
+    first = jax.tree.map(lambda x: x[:, 0], entries)
 
-    # From outside: what the final state's cotangents ask of it; p_T is treated as a constant here and routed below.
-    last = _Demand(gaa, -gbb, -final.pp)
-    exits, first = _demands_at_exits(inputs, w, gy, y, lse, last)
-    gk, gv, gw, gu = _walk_back(inputs, w, u, gy, y, lse, exits, entries)
+    asks = _Asks(*(_split(x, chunk) for x in (_dense(gy, y) / denominator, y, scale)))
+    exits, demand = _demands_at_exits(inputs, w, asks)
+    gk, gv, gw, gu = _walk_back(inputs, w, u, asks, exits, entries)
+    gk, gv = _join(gk, k.shape[1]), _join(gv, k.shape[1])
+    weight = jnp.exp(first.pp + demand.q)
+    gaa, gbb = weight * demand.a, -weight * demand.b
+    gstate = WKV4State(gaa, gbb, gaa * first.aa + gbb * first.bb)
 
-    weight = jnp.exp(entry_of_first.pp + first.q)
-    gstate = WKV4State(
-        weight * first.a,
-        -weight * first.b,
-        weight * (first.a * entry_of_first.aa - first.b * entry_of_first.bb),
-    )
-    gk, gv = (_join(x, k.shape[1]) for x in (gk, gv))
-    if not isinstance(gfinal.pp, SymbolicZero) or not isinstance(gfinal.aa, SymbolicZero):
-        gpp = _dense(gfinal.pp, final.pp) - gaa * final.aa - gbb * final.bb
-        routed_gk, routed_gpp, routed_gw = _route_to_maximum(
-            k, w, entry_of_first.pp, reset, length, gpp
-        )
-        gk, gw = gk + routed_gk, gw + routed_gw
-        gstate = gstate._replace(pp=gstate.pp + routed_gpp)
+    if not all(
+        isinstance(g, SymbolicZero) for g in gfinal
+    ):  # Training on whole sequences asks nothing of the final state.
+        gfinal = WKV4State(*map(_dense, gfinal, final))
+        through_final = _final_state_gradients(k, v, w, first, reset, length, final, gfinal)
+        gk, gv, gw, gstate = jax.tree.map(jnp.add, (gk, gv, gw, gstate), through_final)
     return gk, gv, gw, gu, gstate, None, None
 
 
@@ -120,12 +122,11 @@ _wkv.defvjp(_wkv_fwd, _wkv_bwd, symbolic_zeros=True)
 
 
 def _forward(k, v, w, u, state, reset, length):
-    """Returns y, lse [B, T, D], the final state and the state at every chunk's start [B, N, D]."""
+    """Returns y and (denominators, their log-scales) [B, T, D], the final state, and the state at every chunk's start [B, N, D]."""
     inputs = _cut(k, v, reset, length)
     entries, final = _states_at_entries(inputs, w, state)
-    y, lse = _walk_outputs(inputs, w, u, entries)
-    num_tokens = k.shape[1]
-    return _join(y, num_tokens), _join(lse, num_tokens), final, entries
+    y, denominator, scale = (_join(x, k.shape[1]) for x in _walk_outputs(inputs, w, u, entries))
+    return y, (denominator, scale), final, entries
 
 
 def _advance(state: WKV4State, k, v, w, reset, valid) -> WKV4State:
@@ -137,12 +138,16 @@ def _advance(state: WKV4State, k, v, w, reset, valid) -> WKV4State:
     return jax.tree.map(lambda new, old: jnp.where(valid, new, old), new, state)
 
 
-def _retreat(demand: _Demand, gy, y, lse, w, reset, valid) -> tuple[_Demand, Array]:
+def _retreat(demand: _Demand, asks: _Asks, w, reset, valid) -> tuple[_Demand, Array]:
     """The demand one token earlier, and the factor that the old demand was scaled by."""
     decayed = demand.q + w
-    e = jnp.exp(-jnp.abs(decayed + lse))
-    keep, add = jnp.where(decayed > -lse, 1.0, e), jnp.where(decayed > -lse, e, 1.0)
-    new = _Demand(keep * demand.a + add * gy, keep * demand.b + add * (gy * y), jnp.maximum(decayed, -lse))
+    e = jnp.exp(-jnp.abs(decayed + asks.scale))
+    keep, add = jnp.where(decayed > -asks.scale, 1.0, e), jnp.where(decayed > -asks.scale, e, 1.0)
+    new = _Demand(
+        keep * demand.a + add * asks.g,
+        keep * demand.b + add * (asks.g * asks.y),
+        jnp.maximum(decayed, -asks.scale),
+    )
     # A token that starts a sequence needs nothing from what came before it.
     new = jax.tree.map(lambda x, empty: jnp.where(reset, empty, x), new, _Demand(0.0, 0.0, EMPTY))
     return jax.tree.map(lambda new, old: jnp.where(valid, new, old), new, demand), jnp.where(reset, 0.0, keep)
@@ -159,42 +164,44 @@ def _states_at_entries(inputs: _Chunks, w, state: WKV4State) -> tuple[WKV4State,
     return _compose(added, _log_decay(inputs, w), state)
 
 
-def _demands_at_exits(inputs: _Chunks, w, gy, y, lse, last: _Demand) -> tuple[_Demand, _Demand]:
+def _demands_at_exits(inputs: _Chunks, w, asks: _Asks) -> tuple[_Demand, _Demand]:
     batch, num_chunks, chunk, width = inputs.k.shape
+    empty = _Demand(*_empty(batch, num_chunks, width, inputs.k.dtype))
 
     def body(i, carry):
         j = chunk - 1 - i
-        return _retreat(carry, _at(gy, j), _at(y, j), _at(lse, j), w, _at(inputs.reset, j), _at(inputs.valid, j))[0]
+        return _retreat(carry, _at(asks, j), w, _at(inputs.reset, j), _at(inputs.valid, j))[0]
 
-    added = lax.fori_loop(0, chunk, body, _Demand(*_empty(batch, num_chunks, width, inputs.k.dtype)))
-    exits, first = _compose(
-        jax.tree.map(lambda x: x[:, ::-1], added), _log_decay(inputs, w)[:, ::-1], last
-    )
-    return jax.tree.map(lambda x: x[:, ::-1], exits), first
+    added = lax.fori_loop(0, chunk, body, empty)
+    reverse = partial(jax.tree.map, lambda x: x[:, ::-1])
+    nothing = jax.tree.map(lambda x: x[:, 0], empty)
+    exits, demand = _compose(reverse(added), reverse(_log_decay(inputs, w)), nothing)
+    return reverse(exits), demand
 
 
-def _walk_outputs(inputs: _Chunks, w, u, entries: WKV4State) -> tuple[Array, Array]:
+def _walk_outputs(inputs: _Chunks, w, u, entries: WKV4State) -> tuple[Array, Array, Array]:
+    """Returns y, denominators and their log-scales [B, N, C, D]."""
+
     def body(i, carry):
-        state, y, lse = carry
+        state, y, denominators, scales = carry
         k, v, reset, valid = _at(inputs, i)
         pp = jnp.where(reset, EMPTY, state.pp)
         e = jnp.exp(-jnp.abs(pp - (u + k)))
         past, now = jnp.where(pp > u + k, 1.0, e), jnp.where(pp > u + k, e, 1.0)
         denominator = past * state.bb + now
         y_i = (past * state.aa + now * v) / denominator
-        lse_i = jnp.maximum(pp, u + k) + jnp.log(denominator)
         return (
             _advance(state, k, v, w, reset, valid),
             _put(y, jnp.where(valid, y_i, 0), i),
-            _put(lse, lse_i, i),
+            _put(denominators, denominator, i),
+            _put(scales, jnp.maximum(pp, u + k), i),
         )
 
     zeros = jnp.zeros_like(inputs.k)
-    _, y, lse = lax.fori_loop(0, inputs.k.shape[2], body, (entries, zeros, zeros))
-    return y, lse
+    return lax.fori_loop(0, inputs.k.shape[2], body, (entries, zeros, zeros, zeros))[1:]
 
 
-def _walk_back(inputs: _Chunks, w, u, gy, y, lse, exits: _Demand, entries: WKV4State):
+def _walk_back(inputs: _Chunks, w, u, asks: _Asks, exits: _Demand, entries: WKV4State):
     """Returns gk, gv [B, N, C, D] and gw, gu [D] (all but the path through the final state's pp)."""
     chunk = inputs.k.shape[2]
     zeros, zero = jnp.zeros_like(inputs.k), jnp.zeros_like(exits.a)
@@ -203,43 +210,54 @@ def _walk_back(inputs: _Chunks, w, u, gy, y, lse, exits: _Demand, entries: WKV4S
         demand, da, db, gk, gv, gw, gu = carry
         j = chunk - 1 - i
         k, v, reset, valid = _at(inputs, j)
-        gy_j, y_j, lse_j = _at(gy, j), _at(y, j), _at(lse, j)
+        own = _at(asks, j)
         past = jnp.exp(k + demand.q)
-        now = jnp.exp(u + k - lse_j) * gy_j
-        gu_j = now * (v - y_j)
+        now = jnp.exp(u + k - own.scale) * own.g
+        gu_j = now * (v - own.y)
         gk = _put(gk, jnp.where(valid, past * (v * demand.a - demand.b) + gu_j, 0), j)
         gv = _put(gv, jnp.where(valid, past * demand.a + now, 0), j)
         gu = gu + jnp.where(valid, gu_j, 0)
         gw = gw + jnp.where(valid, past * (v * da - db), 0)
-        earlier, keep = _retreat(demand, gy_j, y_j, lse_j, w, reset, valid)
+        earlier, keep = _retreat(demand, own, w, reset, valid)
         da = jnp.where(valid, keep * (da + demand.a), da)
         db = jnp.where(valid, keep * (db + demand.b), db)
         return earlier, da, db, gk, gv, gw, gu
 
-    demand, da, db, gk, gv, gw, gu = lax.fori_loop(0, chunk, body, (exits, zero, zero, zeros, zeros, zero, zero))
+    demand, da, db, gk, gv, gw, gu = lax.fori_loop(
+        0, chunk, body, (exits, zero, zero, zeros, zeros, zero, zero)
+    )
     gw = gw + jnp.exp(entries.pp + demand.q) * (entries.aa * da - entries.bb * db)
     return gk, gv, gw.sum((0, 1)), gu.sum((0, 1))
 
 
-def _route_to_maximum(k, w, pp, reset, length, gpp):
-    """The gradient of the final pp, which is the maximum of decayed exponents: it goes to the one that attains it."""
+def _final_state_gradients(k, v, w, state: WKV4State, reset, length, final: WKV4State, gfinal: WKV4State):
+    """Returns gk, gv, gw and gstate of what the final state's cotangents give.
+
+    The final pp is the maximum of the exponents e_i = k_i + n_i w, n_i being the decays after token i, and the sums are those of
+    e^{e_i - pp} (v_i, 1). So the token that attains the maximum also gets all that flows through pp, and gw counts decays from
+    that token's: the terms that depend on no decay cancel before they are formed.
+    """
     num_tokens = k.shape[1]
     valid = jnp.arange(num_tokens) < length[:, None]
-    resets_after = _count_after(reset & valid)
-    decays_after = _count_after(valid)
-    exponents = k + w * decays_after[:, 1:, None].astype(k.dtype)
-    exponents = jnp.where((valid & (resets_after[:, 1:] == 0))[..., None], exponents, -jnp.inf)
-    initial = pp + w * decays_after[:, :1].astype(k.dtype)
-    initial = jnp.where(resets_after[:, :1] == 0, initial, -jnp.inf)
-    best = exponents.max(1)
-    winner = jnp.argmax(exponents, 1)
-    from_initial = initial >= best
-    one_hot = (jnp.arange(num_tokens)[:, None] == winner[:, None]) & ~from_initial[:, None]
-    count = jnp.take_along_axis(
-        jnp.broadcast_to(decays_after[:, 1:, None], k.shape), winner[:, None], axis=1
-    )[:, 0]
-    count = jnp.where(from_initial, decays_after[:, :1], count)
-    return jnp.where(one_hot, gpp[:, None], 0), jnp.where(from_initial, gpp, 0), (gpp * count).sum(0)
+    forgotten = _count_after(reset & valid) > 0
+    decays = _count_after(valid).astype(k.dtype)[..., None]
+    exponents = jnp.concatenate([state.pp[:, None], k], 1) + w * decays
+    seen = ~forgotten & jnp.pad(valid, ((0, 0), (1, 0)), constant_values=True)
+    exponents = jnp.where(seen[..., None], exponents, -jnp.inf)
+    winner = jnp.argmax(exponents, 1)[:, None]
+    wins = jnp.arange(num_tokens + 1)[:, None] == winner
+    weights = jnp.exp(exponents - jnp.take_along_axis(exponents, winner, 1))
+    decays_of_winner = jnp.take_along_axis(jnp.broadcast_to(decays, exponents.shape), winner, 1)
+
+    values = jnp.concatenate([state.aa[:, None], v], 1)
+    ones = jnp.concatenate([state.bb[:, None], jnp.ones_like(v)], 1)
+    gaa, gbb, gpp = (g[:, None] for g in gfinal)
+    flow = weights * (gaa * values + gbb * ones)
+    through_pp = gpp - gaa * final.aa[:, None] - gbb * final.bb[:, None]
+    gexponents = flow + jnp.where(wins, through_pp, 0)
+    gw = (flow * (decays - decays_of_winner)).sum((0, 1)) + (gpp * decays_of_winner).sum((0, 1))
+    gstate = WKV4State((weights * gaa)[:, 0], (weights * gbb)[:, 0], gexponents[:, 0])
+    return gexponents[:, 1:], (weights * gaa)[:, 1:], gw, gstate
 
 
 def _count_after(flags: Bool[Array, "B T"]) -> Int[Array, "B T+1"]:

@@ -1,0 +1,169 @@
+"""Checkpoints of a run, through Orbax: written in the background, complete or absent, never half.
+
+A run's `checkpoints/` folder has one folder a step, named by the step, with the items params, training (optimiser, random key,
+step), data (the iterator's position) and settings (the whole config). Orbax writes under another name and renames at the end,
+so that a folder with a step's name is a whole checkpoint.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from . import config as configs
+from .config import Settings
+from .lm import init
+from .models import Config
+from .train import TrainState
+
+FOLDER = "checkpoints"
+_METRIC = "validation_bits_per_byte"
+
+
+class Restored(NamedTuple):
+    """What a run needs to go on."""
+
+    train_state: TrainState
+    data_state: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run: keeps the newest `keep_last` and the `keep_best` with the fewest held-out bits per byte."""
+
+    def __init__(self, run_folder: str | Path, keep_last: int, keep_best: int):
+        policies: list[Any] = [checkpoint_managers.LatestN(keep_last)]
+        if keep_best:
+            best = checkpoint_managers.BestN(
+                get_metric_fn=lambda metrics: metrics[_METRIC], reverse=True, n=keep_best,
+                keep_checkpoints_without_metrics=False,
+            )  # fmt: skip
+            policies.append(best)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+            enable_async_checkpointing=True,
+        )
+        self.folder = Path(run_folder).resolve() / FOLDER
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def save(
+        self,
+        train_state: TrainState,
+        data_state: Mapping[str, Any],
+        settings: Settings,
+        validation_bits_per_byte: float,
+    ) -> None:
+        """Starts writing a checkpoint named by the state's step; returns once the arrays are copied."""
+        params, training = _split(train_state)
+        items = {
+            "params": ocp.args.StandardSave(params),
+            "training": ocp.args.StandardSave(training),
+            "data": ocp.args.JsonSave(dict(data_state)),
+            "settings": ocp.args.JsonSave(configs.to_dict(settings)),
+        }
+        metrics = {_METRIC: validation_bits_per_byte}
+        self._manager.save(int(train_state.step), args=ocp.args.Composite(**items), metrics=metrics)
+
+    def latest_step(self) -> int | None:
+        """Returns the step of the newest whole checkpoint, or None; waits for one that is being written."""
+        self._manager.wait_until_finished()
+        return self._manager.latest_step()
+
+    def restore(self, like: TrainState) -> Restored | None:
+        """Returns the newest checkpoint, or None where there is none.
+
+        Args:
+            like: Any state of the run, or its shapes.
+
+        Raises:
+            ValueError: The checkpoint is damaged or was made by another model.
+        """
+        step = self.latest_step()
+        if step is None:
+            return None
+        params, training = _split(jax.eval_shape(lambda: like))
+        items = {
+            "params": ocp.args.StandardRestore(params),
+            "training": ocp.args.StandardRestore(training),
+            "data": ocp.args.JsonRestore(),
+        }
+        restored = _restore(self._manager, step, items)
+        key = jax.random.wrap_key_data(restored["training"]["key"])
+        own = restored["training"]
+        return Restored(TrainState(own["step"], restored["params"], own["opt_state"], key), restored["data"])
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Returns whether a path is a run's folder, its checkpoints, or one checkpoint of ours."""
+    return _find(Path(path)) is not None
+
+
+def load_checkpoint(path: str | Path, dtype: Any = None) -> tuple[Any, Config, Settings]:
+    """Returns the parameters, model config and settings in a checkpoint of ours.
+
+    Args:
+        path: A run's folder or its `checkpoints` (the newest one is taken), or the folder of one step.
+        dtype: Of the parameters; None keeps float32.
+
+    Raises:
+        FileNotFoundError: There is no whole checkpoint at `path`.
+        ValueError: It is damaged.
+    """
+    found = _find(Path(path))
+    if found is None:
+        raise FileNotFoundError(
+            f"{path}: no whole checkpoint here; give a run's folder, or one of its checkpoints/STEP"
+        )
+    folder, step = found
+    with ocp.CheckpointManager(
+        folder.resolve(), options=ocp.CheckpointManagerOptions(read_only=True)
+    ) as manager:
+        values = _restore(manager, step, {"settings": ocp.args.JsonRestore()})["settings"]
+        settings = configs.from_dict(values, f"{folder}/{step}")
+        shapes = jax.eval_shape(lambda: init(jax.random.key(0), settings.model))
+        params = _restore(manager, step, {"params": ocp.args.StandardRestore(_on_device(shapes))})["params"]
+    if dtype is not None:
+        params = jax.tree.map(lambda x: x.astype(dtype), params)
+    return params, settings.model, settings
+
+
+def _split(train_state: TrainState) -> tuple[Any, dict[str, Any]]:
+    state = train_state._replace(key=jax.eval_shape(jax.random.key_data, train_state.key))
+    if not isinstance(train_state.key, jax.ShapeDtypeStruct):
+        state = state._replace(key=jax.random.key_data(train_state.key))
+    return state.params, {"step": state.step, "opt_state": state.opt_state, "key": state.key}
+
+
+def _on_device(shapes: Any) -> Any:
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+
+
+def _restore(manager: ocp.CheckpointManager, step: int, items: Mapping[str, Any]) -> Any:
+    try:
+        return manager.restore(step, args=ocp.args.Composite(**items))
+    except (
+        Exception
+    ) as error:  # Orbax and TensorStore raise many kinds for damaged files; all are named in the chain.
+        raise ValueError(
+            f"{manager.directory}/{step}: this checkpoint is damaged or not one of ours; remove it to use an earlier one"
+        ) from error
+
+
+def _find(path: Path) -> tuple[Path, int] | None:
+    """The checkpoints folder and step that a path means."""
+    if path.name.isdigit() and (path / "settings").is_dir() and (path / "params").is_dir():
+        return path.parent, int(path.name)
+    for folder in (path / FOLDER, path):
+        steps = [int(p.name) for p in folder.glob("*") if p.name.isdigit() and (p / "settings").is_dir()]
+        if steps:
+            return folder, max(steps)
+    return None

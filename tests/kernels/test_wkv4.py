@@ -1,0 +1,220 @@
+"""Every backend of wkv4 against the float64 scan, which is itself held against numpy's direct sum."""
+
+from functools import partial
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rwkv_kernels import WKV4State, explain_wkv4, numerics, wkv4
+from rwkv_kernels.wkv4 import cases
+from rwkv_kernels.wkv4.api import BACKENDS
+from rwkv_kernels.wkv4.parallel import chunk_length
+
+FAST = [name for name in BACKENDS if name != "scan"]
+
+
+@partial(jax.jit, static_argnames="backend")
+def outputs_and_gradients(k, v, w, u, state, reset, length, cotangents, backend):
+    outputs, pullback = jax.vjp(
+        lambda *x: wkv4(*x, reset=reset, length=length, backend=backend), k, v, w, u, WKV4State(*state)
+    )
+    return outputs, pullback(jax.tree.map(lambda g, x: g.astype(x.dtype), cotangents, outputs))
+
+
+def run(inputs, dtype, backend):
+    """(outputs, gradients of all float inputs for fixed random cotangents)."""
+    wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
+    k, v = jnp.asarray(inputs.k, dtype), jnp.asarray(inputs.v, dtype)
+    w, u, state = jax.tree.map(lambda x: jnp.asarray(x, wide), (inputs.w, inputs.u, inputs.state))
+    rng = np.random.default_rng(7)
+    cotangents = jax.tree.map(lambda x: rng.normal(size=x.shape), (inputs.v, WKV4State(*inputs.state)))
+    cotangents = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16).astype(wide), cotangents)
+    return outputs_and_gradients(k, v, w, u, state, inputs.reset, inputs.length, cotangents, backend)
+
+
+def bfloat16_exact(inputs):
+    """The same problem with k, v rounded to bfloat16 and the rest to float32, so that every dtype solves the same."""
+    low = lambda x: np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)  # noqa: E731
+    single = lambda x: np.asarray(x, np.float32).astype(np.float64)  # noqa: E731
+    w, u, state = single(inputs.w), single(inputs.u), tuple(map(single, inputs.state))
+    return inputs._replace(k=low(inputs.k), v=low(inputs.v), w=w, u=u, state=state)
+
+
+def check(case, backend, dtypes):
+    inputs = bfloat16_exact(cases.make(case))
+    exact = run(inputs, jnp.float64, "scan")
+    for dtype in dtypes:
+        oracle = run(inputs, jnp.bfloat16, "scan") if dtype == jnp.bfloat16 else exact
+        actual = run(inputs, dtype, backend)
+        paths = jax.tree_util.tree_leaves_with_path(actual)
+        for (path, a), e, o in zip(paths, jax.tree.leaves(exact), jax.tree.leaves(oracle), strict=True):
+            bound = (
+                1e-12 if dtype == jnp.float64 else numerics.tolerance(dtype, numerics.relative_error(o, e))
+            )
+            error = numerics.relative_error(a, e)
+            where = f"{jnp.dtype(dtype).name} {jax.tree_util.keystr(path)}"
+            assert error <= bound, f"{where}: relative error {error:.2e}, allowed {bound:.2e}"
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("name", cases.CASES)
+def test_backend_equals_scan_in_outputs_and_all_gradients(name, backend, x64):
+    check(cases.CASES[name], backend, [jnp.float64, jnp.float32, jnp.bfloat16])
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_extreme_keys_stay_finite_and_no_less_exact_than_the_scan(backend, x64):
+    inputs = bfloat16_exact(cases.make(cases.EXTREME_KEYS))
+    check(cases.EXTREME_KEYS, backend, [jnp.float64])
+    exact, scan, actual = (
+        run(inputs, d, b) for d, b in ((jnp.float64, "scan"), (jnp.float32, "scan"), (jnp.float32, backend))
+    )
+    for a, s, e in zip(*map(jax.tree.leaves, (actual, scan, exact)), strict=True):
+        assert np.isfinite(a).all()
+        assert numerics.relative_error(a, e) <= max(numerics.FLOAT32_TOLERANCE, numerics.relative_error(s, e))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", FAST)
+def test_backend_equals_scan_over_4096_tokens(backend, x64):
+    check(cases.LONG, backend, [jnp.float32])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_output_is_the_papers_weighted_mean(backend, x64):
+    inputs = cases.make(
+        cases.Case(batch_size=1, num_tokens=20, embed_dim=4, time_decay=(-3, 1), carried=False)
+    )
+    k, v, w, u = inputs.k[0], inputs.v[0], inputs.w, inputs.u
+    expected = np.zeros_like(v)
+    for t in range(len(k)):
+        weights = np.stack(
+            [np.exp((t - 1 - i) * w + k[i]) if i < t else np.exp(u + k[t]) for i in range(t + 1)]
+        )
+        expected[t] = (weights * v[: t + 1]).sum(0) / weights.sum(0)
+    y, _ = wkv4(*map(jnp.asarray, (inputs.k, inputs.v, w, u)), backend=backend)
+    np.testing.assert_allclose(y[0], expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_future_tokens_do_not_change_past_outputs(backend):
+    inputs = cases.make(cases.Case(num_tokens=40))
+    k, v, w, u = (jnp.asarray(x, jnp.float32) for x in (inputs.k, inputs.v, inputs.w, inputs.u))
+    y, _ = wkv4(k, v, w, u, backend=backend)
+    changed, _ = wkv4(k.at[:, 25:].add(3), v.at[:, 25:].add(3), w, u, backend=backend)
+    np.testing.assert_array_equal(y[:, :25], changed[:, :25])
+    assert not np.allclose(y[:, 25:], changed[:, 25:])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_padding_past_length_has_no_effect_and_no_gradient(backend):
+    inputs = cases.make(cases.Case(batch_size=2, num_tokens=30))
+    k, v, w, u = (jnp.asarray(x, jnp.float32) for x in (inputs.k, inputs.v, inputs.w, inputs.u))
+    length = jnp.array([13, 30])
+    bad = jnp.arange(30)[None, :, None] >= length[:, None, None]
+
+    def loss(k, v):
+        y, state = wkv4(k, v, w, u, length=length, backend=backend)
+        return jnp.sum(y**2) + sum(jnp.sum(x) for x in state)
+
+    (gk, gv) = jax.grad(loss, argnums=(0, 1))(jnp.where(bad, jnp.inf, k), jnp.where(bad, jnp.nan, v))
+    clean_k, clean_v = jax.grad(loss, argnums=(0, 1))(k, v)
+    assert not np.any(np.where(bad, gk, 0)) and not np.any(np.where(bad, gv, 0))
+    np.testing.assert_array_equal(gk, clean_k)
+    np.testing.assert_array_equal(gv, clean_v)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_vmap_over_every_argument_equals_a_loop(backend):
+    problems = [cases.make(cases.CASES["lengths_and_resets"], seed) for seed in range(3)]
+
+    def op(inputs):
+        k, v, w, u, state, reset, length = inputs
+        return wkv4(k, v, w, u, WKV4State(*state), reset=reset, length=length, backend=backend)
+
+    def loss(inputs):
+        y, state = op(inputs)
+        return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.cos(state.aa))
+
+    as_float32 = [
+        jax.tree.map(lambda x: jnp.asarray(x, None if x.dtype in (bool, np.int32) else jnp.float32), p)
+        for p in problems
+    ]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *as_float32)
+    grad = jax.grad(loss, allow_int=True)
+    batched = jax.jit(jax.vmap(op))(stacked), jax.jit(jax.vmap(grad))(stacked).k
+    one = jax.jit(lambda x: (op(x), grad(x).k))
+    for i, problem in enumerate(as_float32):
+        for a, b in zip(jax.tree.leaves(batched), jax.tree.leaves(one(problem)), strict=True):
+            np.testing.assert_allclose(a[i], b, rtol=2e-5, atol=2e-6)
+
+
+def loops(jaxpr):
+    """Lengths of all loops in a jaxpr; None for one whose length is not fixed."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan":
+            yield equation.params["length"]
+        elif equation.primitive.name == "while":
+            yield None
+        for sub in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from loops(sub)
+
+
+@pytest.mark.parametrize("num_tokens", [4, 16, 64, 100, 1024])
+def test_parallel_has_no_loop_over_time(num_tokens):
+    k = jnp.ones((1, num_tokens, 2))
+    op = lambda k, backend: wkv4(k, k, -jnp.ones(2), jnp.ones(2), backend=backend)[0].sum()  # noqa: E731
+    assert num_tokens in list(loops(jax.make_jaxpr(lambda k: op(k, "scan"))(k).jaxpr))
+    lengths = list(loops(jax.make_jaxpr(jax.grad(lambda k: op(k, "parallel")))(k).jaxpr))
+    assert lengths
+    assert all(n is not None and n <= 2 * num_tokens**0.5 + 1 for n in lengths)
+    assert chunk_length(num_tokens) ** 2 <= num_tokens
+
+
+def test_scan_has_no_custom_vjp_and_takes_forward_mode_and_hessians():
+    inputs = cases.make(cases.Case(batch_size=1, num_tokens=6, embed_dim=2, time_decay=(-1, 0)))
+    k, v, w, u = (jnp.asarray(x, jnp.float32) for x in (inputs.k, inputs.v, inputs.w, inputs.u))
+    loss = lambda w: jnp.sum(jnp.square(wkv4(k, v, w, u, backend="scan")[0]))  # noqa: E731
+    assert "custom_vjp" not in str(jax.make_jaxpr(loss)(w))
+    hessian = jax.hessian(loss)(w)
+    step = 1e-2
+    for i in range(2):
+        e = jnp.zeros(2).at[i].set(step)
+        difference = (jax.grad(loss)(w + e) - jax.grad(loss)(w - e)) / (2 * step)
+        np.testing.assert_allclose(hessian[i], difference, rtol=2e-2, atol=1e-3)
+
+
+def test_outputs_have_the_inputs_dtype_and_the_state_is_float32():
+    k = jnp.ones((2, 5, 4), jnp.bfloat16)
+    y, state = wkv4(k, k, -jnp.ones(4), jnp.ones(4))
+    assert y.dtype == jnp.bfloat16
+    assert {x.dtype for x in state} == {jnp.dtype(jnp.float32)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": jnp.ones((2, 5))}, r"k has shape \(2, 5\)"),
+        ({"v": jnp.ones((2, 6, 4))}, r"v has shape \(2, 6, 4\)"),
+        ({"w": jnp.ones(3)}, r"w has shape \(3,\)"),
+        ({"reset": jnp.zeros((2, 4), bool)}, r"reset has shape \(2, 4\)"),
+        ({"length": jnp.zeros(3, jnp.int32)}, r"length has shape \(3,\)"),
+        ({"reset": jnp.zeros((2, 5), jnp.int32)}, "reset is int32"),
+        ({"length": jnp.zeros(2)}, "length is float32"),
+        ({"v": jnp.ones((2, 5, 4), jnp.bfloat16)}, "k is float32 and v is bfloat16"),
+        ({"k": jnp.ones((2, 5, 4), jnp.int32)}, "k is int32"),
+        ({"backend": "cuda"}, "(?s)'cuda' cannot be used.*parallel: runs here.*scan: runs here"),
+    ],
+)
+def test_bad_input_is_refused_with_value_and_rule(change, message):
+    wkv4_unchecked = getattr(wkv4, "__wrapped__", wkv4)  # without the tests' own type checks
+    arguments = {"k": jnp.ones((2, 5, 4)), "v": jnp.ones((2, 5, 4)), "w": -jnp.ones(4), "u": jnp.ones(4)}
+    with pytest.raises(ValueError, match=message):
+        wkv4_unchecked(**(arguments | change))
+
+
+def test_explain_lists_every_backend():
+    assert all(name in explain_wkv4("cpu") for name in BACKENDS)
