@@ -1,6 +1,7 @@
 """RWKV in JAX: pure functions `(params, config, inputs, state) -> (outputs, state)`."""
 
 from .lm import count_params, forward, hidden, init, init_state, unembed
+from .load import load
 from .models.rwkv4 import RWKV4Config
 
-__all__ = ["RWKV4Config", "count_params", "forward", "hidden", "init", "init_state", "unembed"]
+__all__ = ["RWKV4Config", "count_params", "forward", "hidden", "init", "init_state", "load", "unembed"]

@@ -99,11 +99,12 @@ def parse(arguments: Sequence[str], program: str = "train.py") -> Settings:
             raise ConfigError(f"command line: there is no option --{name}{_nearest(name, options, '--')}")
     try:
         parsed = parser.parse_args(overrides)
-        return Settings(**{name: kind(**vars(parsed[name])) for name, kind in sections.items()})
+        return _settings({name: vars(parsed[name]) for name in sections}, sections)
     except ArgumentError as error:
         raise ConfigError(f"command line: {error}") from None
     except ValueError as error:
-        raise ConfigError(f"{file or 'command line'}: {error}") from None
+        where = f"{file} and command line" if file and overrides else file or "command line"
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def parse_or_exit(arguments: Sequence[str], program: str) -> Settings:
@@ -126,7 +127,7 @@ def from_dict(values: Mapping[str, Mapping[str, Any]], origin: str) -> Settings:
     }
     _check_file(origin, values, sections)
     try:
-        return Settings(**{name: kind(**values.get(name, {})) for name, kind in sections.items()})
+        return _settings(values, sections)
     except ValueError as error:
         raise ConfigError(f"{origin}: {error}") from None
 
@@ -150,10 +151,9 @@ def to_toml(settings: Settings) -> str:
     for section, values in dataclasses.asdict(settings).items():
         lines.append(f"[{section}]")
         for key, value in values.items():
-            # JSON's strings, numbers and booleans are TOML's too.
-            lines.append(
-                f"# {key}: none" if value is None else f"{key} = {json.dumps(value, ensure_ascii=False)}"
-            )
+            # JSON's strings, numbers and booleans are TOML's too, but for DEL, which TOML wants escaped.
+            text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+            lines.append(f"# {key}: none" if value is None else f"{key} = {text}")
         lines.append("")
     return "\n".join(lines)
 
@@ -176,7 +176,7 @@ def read_toml(path: str) -> dict[str, Any]:
         ConfigError: There is no such file, or it is not TOML.
     """
     try:
-        return tomllib.loads(Path(path).read_text())
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(
             f"{path}: {error.strerror}; --cfg takes a TOML file, such as experiments/configs/quickstart.toml"
@@ -209,7 +209,7 @@ def _architecture(origin: str | None, values: Mapping[str, Any], overrides: list
         if argument.startswith("--model.architecture"):
             name = argument.partition("=")[2] if "=" in argument else "".join(overrides[i + 1 : i + 2])
             where = "command line"
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         raise ConfigError(
             f"{where}: model.architecture is {name!r}; it must be one of {', '.join(ARCHITECTURES)}"
         )
@@ -246,6 +246,19 @@ def _check_file(origin: str, values: Mapping[str, Any], sections: Mapping[str, t
                 raise ConfigError(
                     f"{origin}: {section}.{key} is {value!r} ({type(value).__name__}); it must be {_describe(hints[key])}"
                 )
+
+
+def _settings(values: Mapping[str, Mapping[str, Any]], sections: Mapping[str, type]) -> Settings:
+    """The settings with these values; a whole number becomes a float where the field is one, so that files load equal."""
+
+    def widen(value: Any, hint: Any) -> Any:
+        return float(value) if type(value) is int and float in (hint, *get_args(hint)) else value
+
+    def section(name: str, kind: type) -> Any:
+        hints = get_type_hints(kind)
+        return kind(**{key: widen(value, hints[key]) for key, value in values.get(name, {}).items()})
+
+    return Settings(**{name: section(name, kind) for name, kind in sections.items()})
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -189,7 +189,7 @@ def stream(
         ends = np.flatnonzero(drawn == tokenizer.end_of_text)
         if ends.size:
             drawn, left = drawn[: ends[0]], 0
-        held += decoder.feed(drawn)
+        held += decoder.feed(drawn.tolist())
         ready, held, stopped = _before_stop(held, stop)
         if ready:
             yield ready

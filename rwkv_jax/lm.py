@@ -56,7 +56,7 @@ def forward(
     backend: str | None = None,
     *,
     positions: Literal["all", "last"] = "all",
-) -> tuple[Float[Array, "B T A"], Any]:
+) -> tuple[Float[Array, "B N A"], Any]:
     """Returns the logits of the next token at every position, and the state after the last token.
 
     One function for every mode: T = 1 is the RNN's step, T > 1 is training or prefill, and a sequence cut anywhere and
@@ -132,7 +132,7 @@ def _check(params, config, tokens, state, reset, length):
         )
     batch_size, num_tokens = tokens.shape
     if not isinstance(tokens, jax.core.Tracer):
-        low, high = int(np.min(tokens)), int(np.max(tokens))
+        low, high = int(np.asarray(tokens).min()), int(np.asarray(tokens).max())
         if low < 0 or high >= config.vocab_size:
             raise ValueError(
                 f"tokens run from {low} to {high}; with vocab_size={config.vocab_size} they must be 0 to "
@@ -147,7 +147,7 @@ def _check(params, config, tokens, state, reset, length):
             f"length is {length.dtype} {length.shape}; it must be an integer for each row, ({batch_size},)"
         )
     if length is not None and not isinstance(length, jax.core.Tracer):
-        low, high = int(np.min(length)), int(np.max(length))
+        low, high = int(np.asarray(length).min()), int(np.asarray(length).max())
         if low < 0 or high > num_tokens:
             raise ValueError(f"length runs from {low} to {high}; it must be 0 to T, which is {num_tokens}")
     if state is not None:

@@ -26,7 +26,7 @@ def claim(settings: Settings) -> Path:
         _lock(folder)
         if not path.exists():
             temporary = path.with_suffix(".tmp")
-            temporary.write_text(configs.to_toml(settings))
+            temporary.write_text(configs.to_toml(settings), encoding="utf-8")
             temporary.replace(path)
     except BlockingIOError:
         raise OSError(

@@ -27,7 +27,7 @@ class RunLog:
         self._files = {name: (folder / name).open("a") for name in (METRICS, VALIDATION)}
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
-    def write(self, name: str, row: Mapping[str, float]) -> None:
+    def write(self, name: str, row: Mapping[str, float | int]) -> None:
         """Appends a row, which has a "step", to the file `name`; it is with the operating system on return."""
         self._files[name].write(json.dumps(dict(row)) + "\n")
         self._files[name].flush()

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from rwkv_kernels import WKV4State, wkv4
@@ -118,23 +119,22 @@ class State(NamedTuple):
 def declare(config: RWKV4Config) -> Params:
     """Declares every parameter, once."""
     width, hidden, layers = config.embed_dim, config.hidden_dim, config.num_layers
-    channel = jnp.arange(width) / width
-
     def depth(layer):  # 0 at the first layer, 1 at the last (0 if it is the only one)
         return layer / max(layers - 1, 1)
 
     def mix(exponent, offset=0.0):
         def init(key, shape, layer):
-            return channel ** (exponent * (1 - layer / layers)) + offset * depth(layer)
+            channel = np.arange(width) / width
+            return jnp.asarray(channel ** (exponent * (1 - layer / layers)) + offset * depth(layer))
 
         return init
 
     def decay(key, shape, layer):
-        position = jnp.arange(width) / max(width - 1, 1)
-        return -5 + 8 * position ** (0.7 + 1.3 * depth(layer))
+        position = np.arange(width) / max(width - 1, 1)
+        return jnp.asarray(-5 + 8 * position ** (0.7 + 1.3 * depth(layer)))
 
     def bonus(key, shape, layer):
-        return jnp.log(0.3) + 0.5 * ((jnp.arange(width) + 1) % 3 - 1)
+        return jnp.asarray(np.log(0.3) + 0.5 * ((np.arange(width) + 1) % 3 - 1))
 
     def vector(name, init, lr_multiple=1.0, layout: p.Layout = "1x1"):
         return p.Param(f"blocks.{{layer}}.{name}", (width,), ("embed",), init, lr_multiple, layout=layout)

@@ -1,0 +1,129 @@
+"""What text to train on, and how it is cut into batches."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from . import corpora
+from .binidx import read_binidx
+from .cache import TokenStream, check_tokens, count_bytes, tokenise
+from .tokenizers import Tokenizer, TokenizerName, get_tokenizer
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the text comes from and how it is batched."""
+
+    source: Literal["stdlib", "text", "jsonl", "tfds", "binidx"] = "stdlib"
+    """Python's standard library; text files; lines of JSON; TensorFlow Datasets; Megatron's tokenised .bin and .idx."""
+    path: str | None = None
+    """A file, a folder or a glob (text, jsonl), or the prefix of a .bin and .idx (binidx)."""
+    validation_path: str | None = None
+    """Held-out text, as path; none: documents of path are held out."""
+    validation_fraction: float = 0.05
+    """Share of documents held out, whole, by a hash of their names (binidx: the last ones)."""
+    text_key: str = "text"
+    """Field that holds the text (jsonl, tfds)."""
+    tfds_name: str | None = None
+    """Name of the dataset, such as lm1b or wikipedia/20230601.en (tfds)."""
+    tfds_split: str = "train"
+    """Split to train on (tfds)."""
+    tfds_validation_split: str | None = None
+    """Held-out split (tfds); none: examples of tfds_split are held out."""
+    tfds_data_dir: str | None = None
+    """Where the dataset lies or is put (tfds); none: TFDS's own folder."""
+    tokenizer: TokenizerName = "bytes"
+    """bytes (ids 0 to 255), 20b (RWKV-4's Pile models) or world (RWKV-5 and later)."""
+    tokenizer_file: str | None = None
+    """Vocabulary; none: pip's pyrwkv-tokenizer (world) or huggingface_hub (20b)."""
+    cache_dir: str = "~/.cache/rwkv_jax"
+    """Where tokenised text is kept."""
+    context_length: int = 256
+    """Tokens a sequence."""
+    batch_size: int = 8
+    """Sequences an update, over all devices and accumulated parts."""
+    documents: Literal["stream", "packed"] = "stream"
+    """stream: windows run on through documents; packed: the state is reset where a document starts."""
+    seed: int = 0
+    """Of the order of windows."""
+
+    def __post_init__(self):
+        for name in ("context_length", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"data.{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"data.validation_fraction is {self.validation_fraction}; it must be between 0 and 1")
+        if self.source in ("text", "jsonl", "binidx") and not self.path:
+            raise ValueError(f"data.source={self.source!r} needs data.path")
+        if self.source == "tfds" and not self.tfds_name:
+            raise ValueError("data.source='tfds' needs data.tfds_name")
+
+
+class Streams(NamedTuple):
+    """The text of a run."""
+
+    tokenizer: Tokenizer
+    train: TokenStream
+    validation: TokenStream
+    validation_bytes: Callable[[], bytes | None]
+    """Gives the held-out text without separators; None where it is known as tokens only."""
+
+
+def load_streams(config: DataConfig) -> Streams:
+    """Returns the tokenizer and both sides of the text, tokenised if they are not yet.
+
+    Raises:
+        ValueError, OSError: There is no text, no vocabulary, or a file is not what it should be.
+    """
+    tokenizer = get_tokenizer(config.tokenizer, config.tokenizer_file)
+    if config.source == "binidx":
+        return _binidx_streams(config, tokenizer)
+    whole = _corpus(config, config.path, config.tfds_split)
+    if config.validation_path is not None or config.tfds_validation_split is not None:
+        held_out = _corpus(config, config.validation_path, config.tfds_validation_split or config.tfds_split)
+        parts = whole, held_out
+    else:
+        parts = corpora.split(whole, config.validation_fraction)
+    train, validation = (tokenise(part, tokenizer, config.cache_dir) for part in parts)
+
+    def validation_bytes() -> bytes:
+        texts = (document.text for document in parts[1].documents())
+        return b"".join(text.encode() if isinstance(text, str) else text for text in texts)
+
+    return Streams(tokenizer, train, validation, validation_bytes)
+
+
+def _corpus(config: DataConfig, path: str | None, tfds_split: str) -> corpora.Corpus:
+    if config.source == "stdlib":
+        return corpora.standard_library()
+    if config.source == "tfds":
+        assert config.tfds_name is not None
+        return corpora.TfdsSource(config.tfds_name, tfds_split, config.tfds_data_dir, config.text_key)
+    assert path is not None
+    return corpora.text_files(path) if config.source == "text" else corpora.json_lines(path, config.text_key)
+
+
+def _binidx_streams(config: DataConfig, tokenizer: Tokenizer) -> Streams:
+    assert config.path is not None
+    tokens, starts = _checked_binidx(config.path, tokenizer)
+    if config.validation_path is not None:
+        train, validation = (tokens, starts), _checked_binidx(config.validation_path, tokenizer)
+    else:
+        first = int(len(starts) * (1 - config.validation_fraction))
+        if not 0 < first < len(starts):
+            raise ValueError(
+                f"{config.path}: {len(starts)} documents do not split by data.validation_fraction="
+                f"{config.validation_fraction} into two parts; give data.validation_path"
+            )
+        cut = int(starts[first])
+        train, validation = (tokens[:cut], starts[:first]), (tokens[cut:], starts[first:] - cut)
+    sides = (TokenStream(*side, num_bytes=count_bytes(side[0], tokenizer)) for side in (train, validation))
+    return Streams(tokenizer, *sides, validation_bytes=lambda: None)
+
+
+def _checked_binidx(path: str, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    tokens, starts = read_binidx(path)
+    check_tokens(tokens, tokenizer.vocab_size, path)
+    return tokens, starts

@@ -1,0 +1,206 @@
+"""Corpora: where documents come from. A document is a whole file, line or example, and is never split in two halves."""
+
+import glob
+import hashlib
+import json
+import sysconfig
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
+"""What a folder is searched for."""
+_NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+
+
+class Document(NamedTuple):
+    """A document; the name decides on which side of a split it falls."""
+
+    name: str
+    text: str | bytes
+
+
+class Corpus(Protocol):
+    """Documents in a fixed order."""
+
+    def fingerprint(self) -> str:
+        """Hash of what the documents depend on, without reading them: names, sizes, times, settings."""
+        ...
+
+    def documents(self) -> Iterator[Document]:
+        """Yields every document."""
+        ...
+
+
+class TextFiles:
+    """One document a file."""
+
+    def __init__(self, files: list[Path], root: Path):
+        self._files, self._root = files, root
+
+    def fingerprint(self) -> str:
+        """Names, sizes and times of change."""
+        return _hash_files(self._files)
+
+    def documents(self) -> Iterator[Document]:
+        """Yields the files' bytes, in the order of their names."""
+        for file in self._files:
+            yield Document(file.relative_to(self._root).as_posix(), file.read_bytes())
+
+
+class JsonLines:
+    """One document a line: an object with the text under `key`."""
+
+    def __init__(self, files: list[Path], key: str):
+        self._files, self._key = files, key
+
+    def fingerprint(self) -> str:
+        """Names, sizes, times of change, and the key."""
+        return _hash_files(self._files) + self._key
+
+    def documents(self) -> Iterator[Document]:
+        """Yields the texts.
+
+        Raises:
+            ValueError: A line is not such an object; the file and line are named.
+        """
+        for file in self._files:
+            with file.open(encoding="utf-8") as lines:
+                for number, line in enumerate(lines, 1):
+                    if line.strip():
+                        yield Document(f"{file.name}:{number}", self._text(line, f"{file}:{number}"))
+
+    def _text(self, line: str, where: str) -> str:
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: not JSON ({error}); every line must be an object with {self._key!r}") from None
+        if not isinstance(value, dict) or not isinstance(value.get(self._key), str):
+            found = ", ".join(value) if isinstance(value, dict) else type(value).__name__
+            raise ValueError(f"{where}: no text under data.text_key={self._key!r}; the line has {found}")
+        return value[self._key]
+
+
+class TfdsSource:
+    """One document an example of a TFDS data source, read without TensorFlow."""
+
+    def __init__(self, name: str, split: str, data_dir: str | None, key: str):
+        self._name, self._split, self._data_dir, self._key = name, split, data_dir, key
+
+    def fingerprint(self) -> str:
+        """Name, version as resolved, split and key."""
+        info = self._load()[1]
+        return f"{info.full_name}/{self._split}/{self._key}/{info.splits[self._split].num_examples}"
+
+    def documents(self) -> Iterator[Document]:
+        """Yields the texts.
+
+        Raises:
+            ValueError: The examples have no such key.
+        """
+        source, _ = self._load()
+        for index in range(len(source)):
+            example = source[index]
+            if self._key not in example:
+                raise ValueError(f"tfds {self._name}: no data.text_key={self._key!r}; examples have {', '.join(example)}")
+            text = example[self._key]
+            yield Document(f"{self._split}:{index}", text if isinstance(text, str) else bytes(text))
+
+    def _load(self) -> tuple[Any, Any]:
+        try:
+            import tensorflow_datasets as tfds
+            import tensorflow_datasets.text  # noqa: F401  registers winogrande, c4, wikipedia, hellaswag
+        except ImportError as error:
+            raise ValueError(f'data.source="tfds" needs TensorFlow Datasets ({error}): pip install "rwkv-jax[tfds]"') from None
+        folder = Path(self._data_dir or "", self._name) if self._data_dir else None
+        if folder is not None and (folder / "dataset_info.json").is_file():
+            builder = tfds.builder_from_directory(str(folder))
+        else:
+            builder = tfds.builder(self._name, data_dir=self._data_dir, file_format="array_record")
+            builder.download_and_prepare()
+        if self._split not in builder.info.splits:
+            raise ValueError(f"tfds {self._name}: no split {self._split!r}; it has {', '.join(builder.info.splits)}")
+        return builder.as_data_source(split=self._split), builder.info
+
+
+class Part:
+    """The documents of a corpus that fall on one side of a split."""
+
+    def __init__(self, corpus: Corpus, keep: Callable[[str], bool], name: str):
+        self._corpus, self._keep, self._name = corpus, keep, name
+
+    def fingerprint(self) -> str:
+        """That of the corpus, and which part."""
+        return f"{self._corpus.fingerprint()}/{self._name}"
+
+    def documents(self) -> Iterator[Document]:
+        """Yields the part's documents."""
+        return (document for document in self._corpus.documents() if self._keep(document.name))
+
+
+def standard_library() -> TextFiles:
+    """Returns the sources of the running Python's standard library, without its tests and installed packages."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = [file for file in root.rglob("*.py") if not _NOT_LIBRARY & set(file.relative_to(root).parts)]
+    if not files:
+        raise ValueError(f"{root}: the standard library has no sources here; give data.source='text' and a data.path")
+    return TextFiles(sorted(files), root)
+
+
+def text_files(path: str) -> TextFiles:
+    """Returns the files that a path means: a file, a glob, or all text files below a folder.
+
+    Raises:
+        FileNotFoundError: Nothing is there.
+    """
+    files = _find(path, TEXT_SUFFIXES)
+    root = Path(path) if Path(path).is_dir() else Path(*_common_parts(files))
+    return TextFiles(files, root)
+
+
+def json_lines(path: str, key: str) -> JsonLines:
+    """Returns the .jsonl files that a path means, with the text under `key`; as `text_files`."""
+    return JsonLines(_find(path, (".jsonl",)), key)
+
+
+def split(corpus: Corpus, fraction: float) -> tuple[Part, Part]:
+    """Returns (training, held-out) parts: a document is held out if a hash of its name falls below `fraction`."""
+
+    def held_out(name: str) -> bool:
+        return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) < fraction * 2**64
+
+    return (
+        Part(corpus, lambda name: not held_out(name), f"train-{fraction}"),
+        Part(corpus, held_out, f"validation-{fraction}"),
+    )
+
+
+def _find(path: str, suffixes: tuple[str, ...]) -> list[Path]:
+    place = Path(path).expanduser()
+    if place.is_file():
+        return [place]
+    if place.is_dir():
+        files = [file for file in place.rglob("*") if file.is_file() and file.suffix in suffixes]
+        rule = f"a folder is searched for {', '.join(suffixes)}"
+    else:
+        files = [Path(found) for found in glob.glob(str(place), recursive=True) if Path(found).is_file()]
+        rule = "it is neither a file, a folder nor a glob that matches a file"
+    if not files:
+        raise FileNotFoundError(f"{path}: no text here; {rule}. Set data.path to where the text is")
+    return sorted(files)
+
+
+def _common_parts(files: list[Path]) -> tuple[str, ...]:
+    parts = files[0].parent.parts
+    for file in files:
+        while parts != file.parts[: len(parts)]:
+            parts = parts[:-1]
+    return parts
+
+
+def _hash_files(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        status = file.stat()
+        digest.update(f"{file.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,282 @@
+"""What every version must satisfy with every backend, in float64."""
+
+from functools import partial
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import rwkv_jax
+from rwkv_jax.models import module_of
+
+close = partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-11)
+
+
+def trees_close(actual, expected):
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        close(a, e)
+
+
+def draw(config, batch_size, num_tokens, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).integers(0, config.vocab_size, (batch_size, num_tokens)), jnp.int32)
+
+
+@pytest.fixture
+def run(params, config, backend):
+    jitted = jax.jit(rwkv_jax.forward, static_argnames=("config", "backend", "positions"))
+    return partial(jitted, params, config, backend=backend)
+
+
+@pytest.fixture
+def carried(run, config):
+    """A state that has seen something."""
+    return run(draw(config, 3, 9, seed=5))[1]
+
+
+@pytest.mark.parametrize("cut", [1, 7, 16, 36])
+def test_prefix_then_suffix_equals_whole(run, config, carried, cut):
+    tokens = draw(config, 3, 37)
+    whole, final = run(tokens, carried)
+    head, state = run(tokens[:, :cut], carried)
+    tail, end = run(tokens[:, cut:], state)
+    close(jnp.concatenate([head, tail], 1), whole)
+    trees_close(end, final)
+
+
+def test_token_by_token_equals_whole(run, config):
+    tokens = draw(config, 2, 19)
+    whole, final = run(tokens)
+    state, steps = None, []
+    for t in range(19):
+        logits, state = run(tokens[:, t : t + 1], state)
+        steps.append(logits)
+    close(jnp.concatenate(steps, 1), whole)
+    trees_close(state, final)
+
+
+def test_reset_equals_separate_sequences_whatever_the_state(run, config, carried):
+    tokens = draw(config, 3, 37)
+    starts = [(0, 11, 12, 30), (5,), ()]
+    reset = np.zeros((3, 37), bool)
+    for row, at in enumerate(starts):
+        reset[row, list(at)] = True
+    logits, final = run(tokens, carried, jnp.asarray(reset))
+    for row, at in enumerate(starts):
+        edges = sorted({0, *at, 37})
+        state = jax.tree.map(lambda x, row=row: x[:, row : row + 1], carried)
+        for begin, end in zip(edges, edges[1:], strict=False):
+            state = None if reset[row, begin] else state
+            part, state = run(tokens[row : row + 1, begin:end], state)
+            close(part[0], logits[row, begin:end])
+        trees_close(state, jax.tree.map(lambda x, row=row: x[:, row : row + 1], final))
+
+
+def test_length_equals_the_shorter_sequence_and_leaves_its_state(run, config, carried):
+    tokens, length = draw(config, 3, 23), jnp.array([0, 9, 23])
+    logits, final = run(tokens, carried, None, length)
+    for row, n in enumerate([0, 9, 23]):
+        state = jax.tree.map(lambda x, row=row: x[:, row : row + 1], carried)
+        if n:
+            part, state = run(tokens[row : row + 1, :n], state)
+            close(part[0], logits[row, :n])
+        trees_close(jax.tree.map(lambda x, row=row: x[:, row : row + 1], final), state)
+
+
+def test_length_zero_leaves_the_empty_state_empty(run, config):
+    _, state = run(draw(config, 2, 5), None, None, jnp.array([0, 0]))
+    trees_close(state, rwkv_jax.init_state(config, 2, jnp.float64))
+
+
+def test_last_position_equals_the_last_of_all(run, config):
+    tokens, length = draw(config, 3, 23), jnp.array([1, 9, 23])
+    everything, _ = run(tokens, None, None, length)
+    last, _ = run(tokens, None, None, length, positions="last")
+    close(last[:, 0], everything[jnp.arange(3), length - 1])
+    close(run(tokens, positions="last")[0], run(tokens)[0][:, -1:])
+
+
+def test_last_position_computes_no_other_logits(params, config, backend):
+    jaxpr = jax.make_jaxpr(lambda p: rwkv_jax.forward(p, config, draw(config, 3, 23), positions="last", backend=backend))(params)
+    assert f"3,1,{config.vocab_size}]" in str(jaxpr).replace(" ", "")
+    assert not any(f"{n},{config.vocab_size}]" in str(jaxpr).replace(" ", "") for n in ("3,23", "69"))
+
+
+def test_future_tokens_do_not_change_past_logits(run, config, params):
+    tokens = draw(config, 2, 30)
+    changed = tokens.at[:, 17:].set((tokens[:, 17:] + 1) % config.vocab_size)
+    before, after = run(tokens)[0], run(changed)[0]
+    np.testing.assert_array_equal(before[:, :17], after[:, :17])
+    assert not np.allclose(before[:, 17:], after[:, 17:])
+
+
+def test_past_tokens_and_the_state_change_all_later_logits(run, config, carried):
+    tokens = draw(config, 3, 12)
+    logits = run(tokens, carried)[0]
+    assert np.all(np.abs(logits - run(tokens)[0]).max(-1) > 0)
+
+
+def gradients(params, config, tokens, state, reset, length, backend):
+    """Of every parameter and the initial state, through logits and every leaf of the final state."""
+
+    def loss(params, state):
+        logits, final = rwkv_jax.forward(params, config, tokens, state, reset, length, backend)
+        valid = jnp.arange(tokens.shape[1]) < length[:, None]
+        score = jnp.where(valid[..., None], jax.nn.log_softmax(logits) * jnp.cos(jnp.arange(config.vocab_size)), 0)
+        return score.mean() + sum(jnp.sum(jnp.sin(1 + jnp.arange(x.size)) * x.ravel()) for x in final)
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1)))(params, state)
+
+
+@pytest.mark.parametrize("hard", [False, True], ids=["plain", "resets_and_lengths"])
+def test_gradients_of_parameters_and_states_equal_autodiff_of_the_scan(params, config, hard):
+    tokens, rng = draw(config, 3, 21), np.random.default_rng(1)
+    state = rwkv_jax.forward(params, config, draw(config, 3, 9, seed=5))[1]
+    reset = jnp.asarray(rng.random((3, 21)) < 0.2 * hard)
+    length = jnp.array([0, 8, 21]) if hard else jnp.full(3, 21)
+    arguments = (params, config, tokens, state, reset, length)
+    for a, e in zip(
+        jax.tree.leaves(gradients(*arguments, "parallel")), jax.tree.leaves(gradients(*arguments, "scan")), strict=True
+    ):
+        assert np.linalg.norm(a - e) <= 1e-10 * np.linalg.norm(e) + 1e-300
+
+
+def test_remat_changes_no_gradient(params, config, backend):
+    import dataclasses
+
+    tokens, state = draw(config, 2, 13), rwkv_jax.init_state(config, 2, jnp.float64)
+    arguments = (tokens, state, jnp.zeros((2, 13), bool), jnp.full(2, 13), backend)
+    plain, *others = (
+        gradients(params, dataclasses.replace(config, remat=remat), *arguments) for remat in ("none", "block", "elementwise")
+    )
+    for other in others:
+        trees_close(other, plain)
+
+
+def test_vmap_over_stacked_parameters_equals_a_loop(params, config, backend):
+    stacked = jax.tree.map(lambda x: jnp.stack([x, 1.1 * x, x - 0.1]), params)
+    tokens = draw(config, 2, 11)
+
+    def loss(params):
+        return rwkv_jax.forward(params, config, tokens, backend=backend)[0].sum()
+
+    def both(params):
+        return rwkv_jax.forward(params, config, tokens, backend=backend), jax.grad(loss)(params)
+
+    batched, one = jax.jit(jax.vmap(both))(stacked), jax.jit(both)
+    for i in range(3):
+        trees_close(jax.tree.map(lambda x, i=i: x[i], batched), one(jax.tree.map(lambda x, i=i: x[i], stacked)))
+
+
+def test_vmap_over_states_equals_a_loop(run, config):
+    tokens = draw(config, 2, 6)
+    states = [run(draw(config, 2, 9, seed=s))[1] for s in range(3)]
+    batched = jax.vmap(lambda state: run(tokens, state))(jax.tree.map(lambda *x: jnp.stack(x), *states))
+    for i, state in enumerate(states):
+        trees_close(jax.tree.map(lambda x, i=i: x[i], batched), run(tokens, state))
+
+
+def test_one_token_and_one_row(run, config):
+    logits, state = run(draw(config, 1, 1))
+    assert logits.shape == (1, 1, config.vocab_size)
+    assert np.isfinite(logits).all()
+    trees_close(jax.tree.map(jnp.shape, state), jax.tree.map(jnp.shape, rwkv_jax.init_state(config, 1)))
+
+
+def test_state_size_does_not_grow_with_length(run, config):
+    short, long = run(draw(config, 2, 2))[1], run(draw(config, 2, 200))[1]
+    assert jax.tree.map(jnp.shape, short) == jax.tree.map(jnp.shape, long)
+
+
+def test_scan_takes_jvp_and_hessian_products(params, config):
+    tokens = draw(config, 1, 7)
+    loss = lambda p: rwkv_jax.forward(p, config, tokens, backend="scan")[0].var()  # noqa: E731
+    assert "custom_vjp" not in str(jax.make_jaxpr(loss)(params))
+    tangent = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), params)
+    product = jax.jit(lambda p, t: jax.jvp(jax.grad(loss), (p,), (t,))[1])(params, tangent)
+    step, grad = 1e-5, jax.jit(jax.grad(loss))
+    ahead, behind = (grad(jax.tree.map(lambda x, t: x + s * t, params, tangent)) for s in (step, -step))
+    norm = np.sqrt(sum(float(jnp.sum(x**2)) for x in jax.tree.leaves(product)))
+    for a, b, p in zip(*map(jax.tree.leaves, (ahead, behind, product)), strict=True):
+        assert np.linalg.norm((a - b) / (2 * step) - p) <= 1e-6 * norm
+
+
+def lengths_of_loops(jaxpr):
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("scan", "while"):
+            yield equation.params.get("length")
+        for sub in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from lengths_of_loops(sub)
+
+
+def test_parallel_has_no_loop_over_time_forward_or_backward(params, config):
+    loss = lambda p, backend: rwkv_jax.forward(p, config, draw(config, 1, 121), backend=backend)[0].sum()  # noqa: E731
+    assert 121 in list(lengths_of_loops(jax.make_jaxpr(jax.grad(partial(loss, backend="scan")))(params).jaxpr))
+    lengths = list(lengths_of_loops(jax.make_jaxpr(jax.grad(partial(loss, backend="parallel")))(params).jaxpr))
+    assert all(n is not None and n <= 24 for n in lengths)
+
+
+def test_float32_parameters_give_float32_logits_and_bfloat16_compute_keeps_the_state_float32(config):
+    import dataclasses
+
+    params = rwkv_jax.init(jax.random.key(0), config)
+    for dtype in ("float32", "bfloat16"):
+        logits, state = rwkv_jax.forward(params, dataclasses.replace(config, dtype=dtype), draw(config, 2, 5))
+        assert logits.dtype == jnp.float32
+        assert {x.dtype for x in state} == {jnp.dtype(jnp.float32)}
+
+
+def test_layers_compose_into_the_model(params, config, backend):
+    """A researcher's own loop over public layers gives forward's numbers."""
+    from rwkv_jax.nn.layer_norm import layer_norm
+
+    model, tokens = module_of(config), draw(config, 2, 9)
+    x, states = layer_norm(params.ln0, params.emb[tokens]), []
+    for layer in range(config.num_layers):
+        own = jax.tree.map(lambda leaf, layer=layer: leaf[layer], (params.blocks, rwkv_jax.init_state(config, 2, jnp.float64)))
+        x, state = model.block(own[0], config, x, own[1], backend=backend)
+        states.append(state)
+    logits, final = rwkv_jax.forward(params, config, tokens, backend=backend)
+    close(layer_norm(params.ln_out, x) @ params.head, logits)
+    trees_close(jax.tree.map(lambda *leaves: jnp.stack(leaves), *states), final)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": jnp.zeros(5, jnp.int32)}, r"shape \(5,\)"),
+        ({"tokens": jnp.zeros((2, 0), jnp.int32)}, r"shape \(2, 0\)"),
+        ({"tokens": jnp.zeros((2, 5))}, "tokens are float32"),
+        ({"tokens": jnp.full((2, 5), 29)}, "vocab_size=29 they must be 0 to 28"),
+        ({"tokens": jnp.full((2, 5), -1)}, "from -1"),
+        ({"reset": jnp.zeros((2, 4), bool)}, r"reset is bool \(2, 4\)"),
+        ({"length": jnp.array([1, 6])}, "length runs from 1 to 6"),
+        ({"length": jnp.array([1])}, r"length is int32 \(1,\)"),
+        ({"backend": "cuda"}, "(?s)parallel: runs here.*scan: runs here"),
+        ({"positions": "first"}, "'first'"),
+    ],
+)
+def test_bad_input_is_refused_with_value_and_rule(config, unchecked, change, message):
+    params = rwkv_jax.init(jax.random.key(0), config)
+    arguments = {"tokens": jnp.zeros((2, 5), jnp.int32)} | change
+    with pytest.raises((ValueError, TypeError), match=message):
+        rwkv_jax.forward(params, config, **arguments)
+
+
+def test_state_of_another_batch_and_params_of_another_config_are_refused(config):
+    import dataclasses
+
+    params, tokens = rwkv_jax.init(jax.random.key(0), config), jnp.zeros((2, 5), jnp.int32)
+    with pytest.raises(ValueError, match="2 rows of this model need"):
+        rwkv_jax.forward(params, config, tokens, rwkv_jax.init_state(config, 3))
+    with pytest.raises(ValueError, match=r"emb.weight: shape \(29, 12\), the config asks for \(30, 12\)"):
+        rwkv_jax.forward(params, dataclasses.replace(config, vocab_size=30), tokens)
+
+
+def test_a_traced_token_outside_the_vocabulary_gives_nan_and_not_another_row(config):
+    params = rwkv_jax.init(jax.random.key(0), config)
+    tokens = jnp.array([[1, 2], [1, config.vocab_size], [1, -1]])
+    logits, _ = jax.jit(rwkv_jax.forward, static_argnums=1)(params, config, tokens)
+    assert np.isfinite(logits[0]).all() and np.isfinite(logits[:, 0]).all()
+    assert np.isnan(logits[1:, 1]).all()

@@ -1,0 +1,55 @@
+"""The configs in experiments/configs: all can be read, and the paper's models have the paper's numbers."""
+
+from pathlib import Path
+
+import pytest
+
+from rwkv_jax import config, count_params
+from rwkv_jax.lm import flops_per_token
+
+FOLDER = Path(__file__).parents[1] / "experiments" / "configs"
+SHIPPED = sorted(path.name for path in FOLDER.glob("*.toml"))
+
+# arXiv 2305.13048 (EMNLP text), tables 2 and 3: layers, width, parameters, forward FLOP a token, initial and final learning
+# rate, mini-epochs at the initial learning rate.
+PUBLISHED = {
+    "169m": (12, 768, "1.693e+08", "2.613e+08", 6e-4, 1e-5, 361),
+    "430m": (24, 1024, "4.304e+08", "7.573e+08", 4e-4, 1e-5, 411),
+    "1b5": (24, 2048, "1.515e+09", "2.823e+09", 3e-4, 1e-5, 443),
+    "3b": (32, 2560, "2.985e+09", "5.710e+09", 1.5e-4, 1e-5, 451),
+    "7b": (32, 4096, "7.393e+09", "1.437e+10", 1.5e-4, 1e-5, 465),
+    "14b": (40, 5120, "1.415e+10", "2.778e+10", 1e-4, 7e-6, 544),
+}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_config_loads_parses_and_names_its_own_run(name):
+    settings = config.load(FOLDER / name)
+    assert config.parse(["--cfg", str(FOLDER / name)]) == settings
+    assert Path(settings.run.folder).name == name.removesuffix(".toml")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_papers_models_have_the_published_shape_size_and_cost(name):
+    layers, width, parameters, flops, *_ = PUBLISHED[name]
+    model = config.load(FOLDER / f"rwkv4_{name}.toml").model
+    assert (model.num_layers, model.embed_dim, model.vocab_size) == (layers, width, 50277)
+    count = 2 * 50277 * width + 13 * width**2 * layers + width * (11 * layers + 4)
+    assert count_params(model) == count
+    assert f"{count_params(model):.3e}" == parameters
+    assert f"{flops_per_token(model):.3e}" == flops
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_papers_models_train_by_the_published_recipe(name):
+    *_, lr, lr_final, constant = PUBLISHED[name]
+    settings = config.load(FOLDER / f"rwkv4_{name}.toml")
+    optim, data = settings.optim, settings.data
+    assert (optim.lr, optim.lr_final, optim.schedule) == (lr, lr_final, "exponential")
+    assert (optim.b1, optim.b2, optim.eps, optim.weight_decay, optim.clip_norm) == (0.9, 0.99, 1e-8, 0.0, 1.0)
+    assert (optim.lr_multiples, optim.l2wrap, optim.warmup_steps) == (True, 1e-4, 0)
+    assert settings.model.embed_init == lr  # as RWKV-v4neo does
+    assert (settings.model.dtype, data.context_length, data.tokenizer) == ("bfloat16", 1024, "20b")
+    # A mini-epoch is 40320 sequences; 8043 of them are an epoch of the Pile.
+    assert optim.constant_steps * data.batch_size == constant * 40320
+    assert settings.run.steps * data.batch_size == 8043 * 40320
