@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import launch
 from tqdm import tqdm
 
 from rwkv_jax import checkpoint, config, devices, generate, lm, optim, run_folder, run_log, text, train
@@ -103,8 +104,8 @@ def run(settings: config.Settings) -> None:
                 3 * lm.flops_per_token(model) * speed / (peak * jax.device_count())
             )
         log.write(run_log.METRICS, row)
+        bar.set_postfix_str(f"loss {loss:.3f}, {row['bits_per_byte']:.3f} bits/byte, {speed:.0f} tokens/s", refresh=False)
         bar.update(1)
-        bar.set_postfix_str(f"loss {loss:.3f}, {row['bits_per_byte']:.3f} bits/byte, {speed:.0f} tokens/s")
 
     def validate(step: int) -> float:
         nonlocal last_time
@@ -207,4 +208,5 @@ class StopSignal:
 
 
 if __name__ == "__main__":
+    launch.with_huge_pages()
     main()

@@ -1,4 +1,4 @@
-"""Settings from TOML and the command line: the command line wins, errors name the way out, files read back equal."""
+"""Settings: the command line beats the file, errors name the way out, and what is saved reads back equal."""
 
 import ast
 import dataclasses
@@ -7,6 +7,7 @@ import re
 import types
 import typing
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -146,8 +147,10 @@ def test_a_wrong_type_in_a_file_names_file_key_value_and_what_it_must_be(tmp_pat
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("model.num_layers", "many"), ("model.num_layers", "1.5"), ("model.num_layers", "null"), ("model.num_layers", "true"),
-        ("optim.lr", "fast"), ("optim.lr_multiples", "3"), ("model.dtype", "float16"), ("optim.schedule", "linear"),
+        ("model.num_layers", "many"), ("model.num_layers", "1.5"), ("model.num_layers", "null"),
+        ("model.num_layers", "true"), ("optim.lr", "fast"),
+        ("optim.lr_multiples", "3"), ("model.dtype", "float16"),
+        ("optim.schedule", "linear"),
     ],
 )  # fmt: skip
 def test_a_wrong_type_on_the_command_line_names_the_key(key, value):
@@ -172,8 +175,9 @@ def test_an_architecture_that_is_no_string_is_refused(tmp_path, value):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("model.vocab_size", 0), ("model.num_layers", -1), ("model.embed_init", 0.0), ("optim.lr", 0.0), ("run.steps", 0),
-        ("run.keep_best", -1), ("run.validation_tokens", 0), ("run.peak_tflops", -1.0), ("run.checkpoint_every", 0),
+        ("model.vocab_size", 0), ("model.num_layers", -1), ("model.embed_init", 0.0), ("optim.lr", 0.0),
+        ("run.steps", 0), ("run.keep_best", -1), ("run.validation_tokens", 0), ("run.peak_tflops", -1.0),
+        ("run.checkpoint_every", 0),
     ],
 )  # fmt: skip
 def test_a_value_out_of_range_names_key_and_value(tmp_path, key, value):
@@ -258,7 +262,11 @@ def test_settings_overridden_with_null_load_equal_after_saving(tmp_path, file):
 
 @pytest.mark.parametrize(
     "text",
-    ["", '"', "'''", '"""', "\\", "\n", "\r\n\t", "null", "12", "true", "a = [1]", "# no comment", "naïve Привет 日本 🎉", "\x00\x1f\x7f\u0085\u2028"],
+    [
+        "", '"', "'''", '"""', "\\", "\n", "\r\n\t", "null", "12", "true", "a = [1]", "# no comment",
+        "naïve Привет 日本 🎉",
+        "\x00\x1f\x7f\u0085\u2028",
+    ],
 )  # fmt: skip
 @pytest.mark.parametrize("way", ["file", "command line"])
 def test_any_string_survives_saving_and_the_command_line(tmp_path, text, way):
@@ -299,7 +307,7 @@ def described(kind):
     body = ast.parse(inspect.getsource(kind)).body[0].body
     return {
         field.target.id: text.value.value
-        for field, text in zip(body, body[1:], strict=False)
+        for field, text in pairwise(body)
         if isinstance(field, ast.AnnAssign)
         and isinstance(text, ast.Expr)
         and isinstance(text.value, ast.Constant)
@@ -315,5 +323,8 @@ def test_help_lists_every_field_with_its_text_and_default(capsys):
         text, default = described(SECTIONS[section])[name], getattr(getattr(DEFAULT, section), name)
         # The option, its type in some notation, then its text.
         shown_default = "null" if default is None else " ".join(str(default).split())
-        pattern = rf"--{section}\.{name} .{{0,120}}{re.escape(' '.join(text.split()))} [^-]*default: ?{re.escape(shown_default)}"
+        text = " ".join(text.split())
+        pattern = (
+            rf"--{section}\.{name} .{{0,120}}{re.escape(text)} [^-]*default: ?{re.escape(shown_default)}"
+        )
         assert re.search(pattern, shown), f"{section}.{name}"

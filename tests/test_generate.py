@@ -84,7 +84,7 @@ def test_tokens_are_drawn_from_the_documented_distribution(sampling, support):
     else:
         assert 1 < allowed.sum() < vocab_size
     assert seen[~allowed].sum() == 0
-    # Chi-squared: its mean is the number of free cells f, its deviation sqrt(2 f); five of them is about one in a million.
+    # Chi-squared has mean f and deviation sqrt(2 f), f being the free cells; five of them are rare.
     chi2, free = (((seen - expected)[allowed] ** 2) / expected[allowed]).sum(), allowed.sum() - 1
     assert chi2 <= free + 5 * np.sqrt(2 * free)
 
@@ -254,7 +254,7 @@ def test_an_empty_stop_string_is_refused():
 
 @pytest.fixture
 def scripted(monkeypatch):
-    """A function (text, **stream arguments) -> pieces shown by a model that always says `text`, and then x without end."""
+    """A function from a text to the pieces shown when the model says that text, `then`, and x without end."""
 
     def pieces(text, *, max_tokens=1000, then=b"x" * 1000, stop=()):
         raw = text.encode() + then

@@ -1,4 +1,4 @@
-"""Initialisation of RWKV-4 against the formulas of RWKV-v4neo's code, written here in numpy from the published table."""
+"""Initialisation of RWKV-4 against the formulas of RWKV-v4neo's code, written here in numpy."""
 
 import re
 from functools import cache
@@ -19,7 +19,7 @@ WIDE_FFN = RWKV4Config(vocab_size=20, num_layers=2, embed_dim=8, ffn_dim=24)
 
 
 def vectors(layer, num_layers, width):
-    """The vectors of one layer as the table prints them, in float64; a single layer counts as the first of many."""
+    """The vectors of one layer by their formulas, in float64; a single layer counts as the first of many."""
     i = np.arange(width, dtype=np.float64)
     up = layer / (num_layers - 1) if num_layers > 1 else 0.0
     down = 1 - layer / num_layers
@@ -46,7 +46,9 @@ def official_shapes(vocab_size, num_layers, width, hidden):
         block |= {f"ffn.time_mix_{name}": (1, 1, width) for name in "kr"}
         block |= {f"att.{name}.weight": (width, width) for name in ("key", "value", "receptance", "output")}
         block |= {
-            "ffn.key.weight": (hidden, width), "ffn.receptance.weight": (width, width), "ffn.value.weight": (width, hidden),
+            "ffn.key.weight": (hidden, width),
+            "ffn.receptance.weight": (width, width),
+            "ffn.value.weight": (width, hidden),
         }  # fmt: skip
         shapes |= {f"blocks.{layer}.{name}": shape for name, shape in block.items()}
     return shapes
@@ -96,7 +98,7 @@ def test_embedding_is_uniform_within_the_bound(bound):
     config = RWKV4Config(vocab_size=400, num_layers=1, embed_dim=50, embed_init=bound)
     table = np.asarray(rwkv_jax.init(jax.random.key(1), config).emb, np.float64) / bound
     assert np.abs(table).max() <= 1
-    # Kolmogorov-Smirnov distance from the uniform distribution; above 1.95 / sqrt(n) once in a thousand samples.
+    # Kolmogorov-Smirnov distance from the uniform distribution: above 1.95 / sqrt(n) once in a thousand.
     ordered = np.sort(table.reshape(-1))
     distance = np.abs((ordered + 1) / 2 - (np.arange(ordered.size) + 0.5) / ordered.size).max()
     assert distance < 1.95 / np.sqrt(ordered.size)

@@ -89,7 +89,7 @@ def test_l2wrap_adds_upstreams_gradient_to_each_largest_logit(x64):
 
 
 def test_accumulating_gradients_changes_no_update(x64):
-    # SGD, because Adam's first step would hide a gradient of the wrong size; float64, to leave no room for luck.
+    # SGD, because Adam's first step would hide a gradient of the wrong size; float64, to leave no doubt.
     optimizer = optax.sgd(0.1)
     params = jax.tree.map(lambda x: x.astype(jnp.float64), random_state().params)
     state = random_state()._replace(params=params, opt_state=optimizer.init(params))
@@ -110,7 +110,7 @@ def test_accumulating_gradients_changes_no_update(x64):
 def test_a_batch_that_does_not_divide_is_refused():
     tokens = random_tokens(6, 4)
     step = partial(train_step, config=MODEL, optimizer=OPTIMIZER, l2wrap=0.0, accumulate=4)
-    with pytest.raises(ValueError, match="batch of 6 .* accumulate=4"):
+    with pytest.raises(ValueError, match=r"batch of 6 .* accumulate=4"):
         jax.eval_shape(
             lambda: step(init_train_state(jax.random.key(0), MODEL, OPTIMIZER), tokens, tokens, None)
         )
@@ -136,9 +136,8 @@ def test_metrics_are_the_loss_and_the_gradient_norm_of_the_whole_batch_before_th
     assert float(metrics.grad_norm) == pytest.approx(norm, rel=1e-5)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_training_learns_a_repeated_batch_and_keeps_float32_parameters(dtype):
-    config = RWKV4Config(vocab_size=13, num_layers=2, embed_dim=8, dtype=dtype)
+def test_bfloat16_training_learns_a_repeated_batch_and_keeps_float32_parameters():
+    config = RWKV4Config(vocab_size=13, num_layers=2, embed_dim=8, dtype="bfloat16")
     state = init_train_state(jax.random.key(0), config, OPTIMIZER)
     tokens = random_tokens(2, 9)
     step = jax.jit(partial(train_step, config=config, optimizer=OPTIMIZER, l2wrap=L2WRAP), donate_argnums=0)
@@ -154,7 +153,7 @@ def test_training_learns_a_repeated_batch_and_keeps_float32_parameters(dtype):
 
 
 def cut(tokens, pieces, width):
-    """Batches of one stream a row, cut into `pieces` token counts, each padded to `width` with an id that must not count."""
+    """Streams, one a row, cut into batches of `pieces` tokens, padded to `width` with an id not to count."""
     batches, start = [], 0
     for piece in pieces:
         inputs, targets = (np.full((len(tokens), width), 12, np.int32) for _ in range(2))

@@ -106,7 +106,7 @@ def random_params(seed, scale):
 
 
 def adam(params, gradients, config, num_steps):
-    """Adam or AdamW after clipping, in float64, over dicts of arrays; rates and groups as BlinkDL's trainer has them."""
+    """Adam or AdamW after clipping, in float64, over dicts of arrays; rates and groups as upstream's."""
     params = {name: np.asarray(x, np.float64) for name, x in params.items()}
     mean = {name: np.zeros_like(x) for name, x in params.items()}
     square = {name: np.zeros_like(x) for name, x in params.items()}
@@ -195,9 +195,10 @@ def test_weight_decay_shrinks_matrices_and_nothing_else():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("lr", 0.0), ("lr", -1e-3), ("lr_final", -1e-9), ("constant_steps", -1), ("warmup_steps", -1), ("warmup_start", 0.0),
-        ("warmup_start", 1.1), ("b1", 1.0), ("b1", -0.1), ("b2", 1.0), ("eps", 0.0), ("weight_decay", -0.1),
-        ("clip_norm", 0.0), ("l2wrap", -1.0), ("accumulate", 0), ("lr", math.nan), ("weight_decay_final", 0.01),
+        ("lr", 0.0), ("lr", -1e-3), ("lr_final", -1e-9), ("constant_steps", -1), ("warmup_steps", -1),
+        ("warmup_start", 0.0), ("warmup_start", 1.1), ("b1", 1.0), ("b1", -0.1), ("b2", 1.0), ("eps", 0.0),
+        ("weight_decay", -0.1), ("clip_norm", 0.0), ("l2wrap", -1.0), ("accumulate", 0), ("lr", math.nan),
+        ("weight_decay_final", 0.01),
     ],
 )  # fmt: skip
 def test_a_value_out_of_range_is_refused_by_name(name, value):

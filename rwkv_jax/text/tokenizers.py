@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -25,6 +25,7 @@ NEOX_FINGERPRINT = "e84a15a086ccdad923b0da63eddf7857bde74323705fff04be350b7c554e
 """Of the 20B vocabulary, merges and added tokens of GPT-NeoX-20B, whatever the layout of the JSON file."""
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What a corpus, a sampler and an evaluator need of a tokenizer."""
 

@@ -1,0 +1,220 @@
+"""Measures speed: `python experiments/speed.py [SHAPE ...] [--compare] [--json FILE]`.
+
+Every shape runs in a process of its own, so that peak memory is its own. A product of two 2048 x 2048 matrices, timed in the
+same process, gives the limit that the share refers to. `--compare` also trains a GPT-2 of equal size in torch, if torch is
+installed, in turns with ours, and prints the ratio. Timings on a shared machine vary by 10 to 25 %: compare ratios of one run.
+"""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import launch
+
+
+class Shape(NamedTuple):
+    """One workload. Training is float32 with Adam, on random tokens."""
+
+    work: str
+    """"train", "prefill" (head at the last token only) or "decode" (greedy, 64 tokens)."""
+    num_layers: int
+    embed_dim: int
+    vocab_size: int
+    batch_size: int
+    num_tokens: int
+    """A row, in one call."""
+
+
+SHAPES = {
+    "train-256": Shape("train", 6, 256, 256, 8, 256),
+    "train-1024": Shape("train", 6, 256, 256, 8, 1024),
+    "train-4096": Shape("train", 6, 256, 256, 8, 4096),
+    "prefill-512": Shape("prefill", 12, 768, 50277, 1, 512),
+    "decode-1": Shape("decode", 12, 768, 50277, 1, 64),
+    "decode-8": Shape("decode", 12, 768, 50277, 8, 64),
+}
+DEFAULT = ["train-256", "train-1024", "train-4096"]
+SECONDS = 12.0
+"""Of measurement a shape and framework."""
+
+
+def main() -> None:
+    """Measures the named shapes, prints a line for each, and writes them as JSON if asked."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("shapes", nargs="*", default=DEFAULT, metavar="SHAPE", help=f"of {', '.join(SHAPES)}")
+    parser.add_argument("--compare", action="store_true", help="train a GPT-2 of equal size in torch too")
+    parser.add_argument("--json", type=Path, help="write results, versions and machine here")
+    parser.add_argument("--worker", choices=["rwkv", "gpt2"], help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    unknown = [name for name in arguments.shapes if name not in SHAPES]
+    if unknown:
+        parser.error(f"there is no shape {unknown[0]}; choose from {', '.join(SHAPES)}")
+    if arguments.worker:
+        work = measure if arguments.worker == "rwkv" else measure_gpt2
+        print(json.dumps(work(SHAPES[arguments.shapes[0]])))
+        return
+    if arguments.compare and importlib.util.find_spec("torch") is None:
+        parser.error("--compare needs torch: pip install torch --index-url https://download.pytorch.org/whl/cpu")
+
+    results = {}
+    print(f"{'shape':12s} {'tokens/s':>9s} {'of GEMM':>8s} {'compile s':>9s} {'peak MB':>8s}")
+    for name in arguments.shapes:
+        runs = [worker("rwkv", name)]
+        peers = []
+        if arguments.compare and SHAPES[name].work == "train":
+            peers.append(worker("gpt2", name))
+            runs.append(worker("rwkv", name))
+            peers.append(worker("gpt2", name))
+        best = max(runs, key=lambda run: run["tokens_per_second"])
+        print(
+            f"{name:12s} {best['tokens_per_second']:9.0f} {best['share_of_gemm']:8.2f} {best['compile_s']:9.1f} "
+            f"{best['peak_mb']:8.0f}", flush=True,
+        )  # fmt: skip
+        results[name] = {"rwkv": best}
+        if peers:
+            peer = max(peers, key=lambda run: run["tokens_per_second"])
+            results[name]["gpt2"] = peer
+            ratio = best["tokens_per_second"] / peer["tokens_per_second"]
+            print(f"{'  GPT-2':12s} {peer['tokens_per_second']:9.0f} {'':8s} {'':9s} {peer['peak_mb']:8.0f}   RWKV/GPT-2 {ratio:.2f}")
+    if "train-1024" in results and "train-4096" in results:
+        ratio = results["train-4096"]["rwkv"]["tokens_per_second"] / results["train-1024"]["rwkv"]["tokens_per_second"]
+        print(f"tokens/s at T 4096 over T 1024: {ratio:.2f}")
+    if arguments.json:
+        packages = ["jax", "jaxlib", "numpy"] + (["torch"] if arguments.compare else [])
+        machine = {
+            "cores": len(os.sched_getaffinity(0)), "machine": platform.machine(), "python": platform.python_version(),
+            **{package: importlib.metadata.version(package) for package in packages},
+        }  # fmt: skip
+        arguments.json.write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n")
+
+
+def worker(kind: str, name: str) -> dict[str, float]:
+    """Runs one measurement in a fresh process and returns its figures."""
+    command = [sys.executable, __file__, name, "--worker", kind]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(shape: Shape) -> dict[str, float]:
+    """Returns the figures of our model at a shape."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    import rwkv_jax
+    from rwkv_jax import devices, generate, optim, train
+    from rwkv_jax.models import module_of
+
+    config = rwkv_jax.RWKV4Config(
+        vocab_size=shape.vocab_size, num_layers=shape.num_layers, embed_dim=shape.embed_dim, remat="elementwise"
+    )
+    tokens = np.random.default_rng(0).integers(0, shape.vocab_size, (shape.batch_size, shape.num_tokens + 1))
+    tokens = jnp.asarray(tokens, jnp.int32)
+    cost = rwkv_jax.flops_per_token(config)
+    state: Any
+    if shape.work == "train":
+        optimizer = optim.make_optimizer(optim.OptimConfig(), module_of(config).declare(config), 1000)
+        state = train.init_train_state(jax.random.key(0), config, optimizer)
+        step = partial(train.train_step, config=config, optimizer=optimizer, l2wrap=1e-4)
+        lowered = jax.jit(step, donate_argnums=0).lower(state, tokens[:, :-1], tokens[:, 1:], None)
+        compiled, compile_s = _compile(lowered)
+        call = lambda carry: compiled(carry, tokens[:, :-1], tokens[:, 1:], None)[0]  # noqa: E731
+        cost *= 3
+    elif shape.work == "prefill":
+        params = rwkv_jax.init(jax.random.key(0), config)
+        forward = jax.jit(partial(rwkv_jax.forward, positions="last"), static_argnums=1)
+        compiled, compile_s = _compile(forward.lower(params, config, tokens[:, :-1]))
+        state, call = None, lambda carry: compiled(params, tokens[:, :-1])
+        cost -= 2 * shape.embed_dim * shape.vocab_size
+    else:
+        params = rwkv_jax.init(jax.random.key(0), config)
+        logits, rwkv_state = rwkv_jax.forward(params, config, tokens[:, :1])
+        state = (logits[:, 0], rwkv_state, jnp.zeros_like(logits[:, 0]), jax.random.key(0))
+        kwargs = {"sampling": generate.Sampling(temperature=0), "num_tokens": shape.num_tokens}
+        compiled, compile_s = _compile(generate.decode.lower(params, config, *state, **kwargs))
+        call = lambda carry: compiled(params, *carry)[1]  # noqa: E731
+    seconds = _time(call, state, jax.block_until_ready)
+    speed = shape.batch_size * shape.num_tokens / seconds
+    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    share = speed * cost / devices.measure_gemm("float32")
+    return {"tokens_per_second": speed, "share_of_gemm": share, "compile_s": compile_s, "peak_mb": peak_mb}
+
+
+def _compile(lowered: Any) -> tuple[Any, float]:
+    start = time.perf_counter()
+    return lowered.compile(), time.perf_counter() - start
+
+
+def _time(call: Any, carry: Any, wait: Any) -> float:
+    """The median seconds of a call, over at least 3 of them and about SECONDS, after one to warm up."""
+    carry = wait(call(carry))
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < SECONDS:
+        start = time.perf_counter()
+        carry = wait(call(carry))
+        times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 2]
+
+
+def measure_gpt2(shape: Shape) -> dict[str, float]:
+    """Returns the figures of a GPT-2 in torch: pre-norm, learned positions, 4 heads, fused attention, Adam."""
+    import torch
+    from torch import nn
+    from torch.nn import functional as F  # noqa: N812
+
+    class Block(nn.Module):
+        def __init__(self, width: int):
+            super().__init__()
+            self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+            self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+            self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+        def forward(self, x):
+            q, k, v = (z.unflatten(-1, (4, -1)).transpose(1, 2) for z in self.qkv(self.norm1(x)).chunk(3, -1))
+            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + self.out(attended.transpose(1, 2).flatten(2))
+            return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
+
+    class GPT2(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tokens = nn.Embedding(shape.vocab_size, shape.embed_dim)
+            self.positions = nn.Parameter(0.01 * torch.randn(shape.num_tokens, shape.embed_dim))
+            self.blocks = nn.Sequential(*(Block(shape.embed_dim) for _ in range(shape.num_layers)))
+            self.norm = nn.LayerNorm(shape.embed_dim)
+            self.head = nn.Linear(shape.embed_dim, shape.vocab_size, bias=False)
+
+        def forward(self, tokens):
+            return self.head(self.norm(self.blocks(self.tokens(tokens) + self.positions)))
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    model = GPT2()
+    optimizer = torch.optim.Adam(model.parameters(), 6e-4)
+    tokens = torch.randint(0, shape.vocab_size, (shape.batch_size, shape.num_tokens + 1))
+
+    def call(carry):
+        loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return carry
+
+    seconds = _time(call, None, lambda carry: carry)
+    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"tokens_per_second": shape.batch_size * shape.num_tokens / seconds, "peak_mb": peak_mb}
+
+
+if __name__ == "__main__":
+    launch.with_huge_pages()
+    main()
