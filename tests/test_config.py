@@ -304,14 +304,17 @@ def test_differences_name_each_field_with_both_values():
 
 def described(kind):
     """The string under each field of a dataclass, read off its source."""
-    body = ast.parse(inspect.getsource(kind)).body[0].body
-    return {
-        field.target.id: text.value.value
-        for field, text in pairwise(body)
-        if isinstance(field, ast.AnnAssign)
-        and isinstance(text, ast.Expr)
-        and isinstance(text.value, ast.Constant)
-    }
+    (tree,) = ast.parse(inspect.getsource(kind)).body
+    assert isinstance(tree, ast.ClassDef)
+    texts = {}
+    for field, text in pairwise(tree.body):
+        if (
+            isinstance(field, ast.AnnAssign)
+            and isinstance(field.target, ast.Name)
+            and isinstance(text, ast.Expr)
+        ):
+            texts[field.target.id] = ast.literal_eval(text.value)
+    return texts
 
 
 def test_help_lists_every_field_with_its_text_and_default(capsys):

@@ -6,7 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -50,13 +50,13 @@ class Tokenizer(Protocol):
         ...
 
 
-def decode_bytes(tokenizer: Tokenizer, ids: Iterable[int]) -> bytes:
+def decode_bytes(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray) -> bytes:
     """Returns the bytes that ids stand for."""
     table = tokenizer.token_bytes
     return b"".join(table[i] for i in map(int, ids))
 
 
-def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
+def decode(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray) -> str:
     """Returns the text that ids stand for, with U+FFFD for bytes that are not UTF-8."""
     return decode_bytes(tokenizer, ids).decode("utf-8", errors="replace")
 
@@ -68,7 +68,7 @@ class StreamDecoder:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
-    def feed(self, ids: Iterable[int]) -> str:
+    def feed(self, ids: Sequence[int] | np.ndarray) -> str:
         """Returns the text that became complete; bytes that cannot be UTF-8 become U+FFFD."""
         return self._decoder.decode(decode_bytes(self._tokenizer, ids))
 
