@@ -22,8 +22,8 @@ OPTIMIZER = make_optimizer(OptimConfig(lr=1e-2, lr_final=1e-2), rwkv4.declare(MO
 class Batch(NamedTuple):
     """What `evaluate` reads."""
 
-    inputs: np.ndarray
-    targets: np.ndarray
+    inputs: jax.Array | np.ndarray
+    targets: jax.Array | np.ndarray
     valid: np.ndarray
 
 

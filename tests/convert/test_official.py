@@ -1,6 +1,7 @@
 """Official checkpoints: what is written is read back bit for bit, and what is wrong is named, all of it."""
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ CONFIG = RWKV4Config(vocab_size=17, num_layers=2, embed_dim=6)
 READERS = [load_safetensors, load_any]
 
 
-def random_params(config=CONFIG, dtype=np.float32):
+def random_params(config=CONFIG, dtype: Any = np.float32):
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: init(jax.random.key(0), config))
     return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape).astype(dtype)), shapes)
