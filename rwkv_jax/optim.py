@@ -1,5 +1,6 @@
 """The optimiser: Adam or AdamW with RWKV's parameter groups and learning-rate schedules, from optax."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -47,7 +48,7 @@ class OptimConfig:
 
     def __post_init__(self):
         rules = {
-            "lr": self.lr > 0, "lr_final": self.lr_final >= 0, "constant_steps": self.constant_steps >= 0,
+            "lr": 0 < self.lr < math.inf, "lr_final": 0 <= self.lr_final < math.inf, "constant_steps": self.constant_steps >= 0,
             "warmup_steps": self.warmup_steps >= 0, "warmup_start": 0 < self.warmup_start <= 1,
             "b1": 0 <= self.b1 < 1, "b2": 0 <= self.b2 < 1, "eps": self.eps > 0,
             "weight_decay": self.weight_decay >= 0, "clip_norm": self.clip_norm > 0, "l2wrap": self.l2wrap >= 0,

@@ -55,10 +55,6 @@ class DataConfig:
                 raise ValueError(f"data.{name} is {getattr(self, name)}; it must be at least 1")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"data.validation_fraction is {self.validation_fraction}; it must be between 0 and 1")
-        if self.source in ("text", "jsonl", "binidx") and not self.path:
-            raise ValueError(f"data.source={self.source!r} needs data.path")
-        if self.source == "tfds" and not self.tfds_name:
-            raise ValueError("data.source='tfds' needs data.tfds_name")
 
 
 class Streams(NamedTuple):
@@ -77,6 +73,10 @@ def load_streams(config: DataConfig) -> Streams:
     Raises:
         ValueError, OSError: There is no text, no vocabulary, or a file is not what it should be.
     """
+    if config.source in ("text", "jsonl", "binidx") and not config.path:
+        raise ValueError(f"data.source={config.source!r} needs data.path")
+    if config.source == "tfds" and not config.tfds_name:
+        raise ValueError("data.source='tfds' needs data.tfds_name")
     tokenizer = get_tokenizer(config.tokenizer, config.tokenizer_file)
     if config.source == "binidx":
         return _binidx_streams(config, tokenizer)

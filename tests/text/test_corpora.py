@@ -221,8 +221,9 @@ print(json.dumps([bytes(streams.validation.tokens).decode("latin1"), len(streams
 
 def test_settings_that_cannot_be_are_refused():
     for values, message in [
-        ({"source": "text"}, "needs data.path"), ({"source": "tfds"}, "needs data.tfds_name"), ({"batch_size": 0}, "data.batch_size is 0"),
+        ({"source": "text"}, "needs data.path"), ({"source": "binidx"}, "needs data.path"),
+        ({"source": "tfds"}, "needs data.tfds_name"), ({"batch_size": 0}, "data.batch_size is 0"),
         ({"validation_fraction": 1.0}, "between 0 and 1"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=message):
-            DataConfig(**values)
+            load_streams(DataConfig(**values))
