@@ -45,9 +45,7 @@ def main() -> None:
     values = vars(parser.parse_args())
     try:
         config = GenerateConfig(**{field.name: values[field.name] for field in fields(GenerateConfig)})
-        sampling = generate.Sampling(
-            **{field.name: values[field.name] for field in fields(generate.Sampling)}
-        )
+        sampling = generate.Sampling(**{field.name: values[field.name] for field in fields(generate.Sampling)})
         run(config, sampling)
     except (ValueError, OSError) as error:
         print(f"generate.py: {error}", file=sys.stderr)

@@ -85,7 +85,9 @@ def main() -> None:
             peer = max(peers, key=lambda run: run["tokens_per_second"])
             results[name]["gpt2"] = peer
             ratio = best["tokens_per_second"] / peer["tokens_per_second"]
-            print(f"{'  GPT-2':12s} {peer['tokens_per_second']:9.0f} {'':8s} {'':9s} {peer['peak_mb']:8.0f}   RWKV/GPT-2 {ratio:.2f}")
+            print(
+                f"{'  GPT-2':12s} {peer['tokens_per_second']:9.0f} {'':8s} {'':9s} {peer['peak_mb']:8.0f}   RWKV/GPT-2 {ratio:.2f}"
+            )
     if "train-1024" in results and "train-4096" in results:
         ratio = results["train-4096"]["rwkv"]["tokens_per_second"] / results["train-1024"]["rwkv"]["tokens_per_second"]
         print(f"tokens/s at T 4096 over T 1024: {ratio:.2f}")
@@ -112,7 +114,7 @@ def measure(shape: Shape) -> dict[str, float]:
     import numpy as np
 
     import rwkv_jax
-    from rwkv_jax import devices, generate, optim, train
+    from rwkv_jax import devices, generate, lm, optim, train
     from rwkv_jax.models import module_of
 
     config = rwkv_jax.RWKV4Config(
@@ -120,7 +122,7 @@ def measure(shape: Shape) -> dict[str, float]:
     )
     tokens = np.random.default_rng(0).integers(0, shape.vocab_size, (shape.batch_size, shape.num_tokens + 1))
     tokens = jnp.asarray(tokens, jnp.int32)
-    cost = rwkv_jax.flops_per_token(config)
+    cost = lm.flops_per_token(config)
     state: Any
     if shape.work == "train":
         optimizer = optim.make_optimizer(optim.OptimConfig(), module_of(config).declare(config), 1000)
@@ -170,7 +172,7 @@ def measure_gpt2(shape: Shape) -> dict[str, float]:
     """Returns the figures of a GPT-2 in torch: pre-norm, learned positions, 4 heads, fused attention, Adam."""
     import torch
     from torch import nn
-    from torch.nn import functional as F  # noqa: N812
+    from torch.nn import functional as F
 
     class Block(nn.Module):
         def __init__(self, width: int):

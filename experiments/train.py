@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import launch
+import numpy as np
 from tqdm import tqdm
 
 from rwkv_jax import checkpoint, config, devices, generate, lm, optim, run_folder, run_log, text, train
@@ -97,14 +98,14 @@ def run(settings: config.Settings) -> None:
         speed, last_time = tokens_a_step / (now - last_time), now
         row = {
             "step": step, "loss": loss, "bits_per_byte": loss * bits_per_nat, "grad_norm": grad_norm,
-            "learning_rate": float(schedule(step - 1)), "tokens_per_second": speed,
+            "learning_rate": np.asarray(schedule(step - 1)).item(), "tokens_per_second": speed,
         }  # fmt: skip
         if peak:
-            row["model_flop_utilisation"] = (
-                3 * lm.flops_per_token(model) * speed / (peak * jax.device_count())
-            )
+            row["model_flop_utilisation"] = 3 * lm.flops_per_token(model) * speed / (peak * jax.device_count())
         log.write(run_log.METRICS, row)
-        bar.set_postfix_str(f"loss {loss:.3f}, {row['bits_per_byte']:.3f} bits/byte, {speed:.0f} tokens/s", refresh=False)
+        bar.set_postfix_str(
+            f"loss {loss:.3f}, {row['bits_per_byte']:.3f} bits/byte, {speed:.0f} tokens/s", refresh=False
+        )
         bar.update(1)
 
     def validate(step: int) -> float:
@@ -145,9 +146,7 @@ def run(settings: config.Settings) -> None:
     report(state.params, settings, streams)
 
 
-def held_out_bits_per_byte(
-    params: Any, settings: config.Settings, streams: text.Streams, limit: int | None
-) -> float:
+def held_out_bits_per_byte(params: Any, settings: config.Settings, streams: text.Streams, limit: int | None) -> float:
     """Returns the code length of the held-out text, its separators included, in bits per byte of text."""
     stream = streams.validation
     batches = text.validation_batches(

@@ -5,12 +5,12 @@ step), data (the iterator's position) and settings (the whole config). Orbax wri
 so that a folder with a step's name is a whole checkpoint.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
@@ -123,16 +123,14 @@ def load_checkpoint(path: str | Path, dtype: Any = None) -> tuple[Any, Config, S
             f"{path}: no whole checkpoint here; give a run's folder, or one of its checkpoints/STEP"
         )
     folder, step = found
-    with ocp.CheckpointManager(
-        folder.resolve(), options=ocp.CheckpointManagerOptions(read_only=True)
-    ) as manager:
+    with ocp.CheckpointManager(folder.resolve(), options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
         values = _restore(manager, step, {"settings": ocp.args.JsonRestore()})["settings"]
         settings = configs.from_dict(values, f"{folder}/{step}")
         shapes = jax.eval_shape(lambda: init(jax.random.key(0), settings.model))
         params = _restore(manager, step, {"params": ocp.args.StandardRestore(_on_device(shapes))})["params"]
     if dtype is not None:
         params = jax.tree.map(lambda x: x.astype(dtype), params)
-    return params, settings.model, settings
+    return params, dataclasses.replace(settings.model, tokenizer=settings.data.tokenizer), settings
 
 
 def _split(train_state: TrainState) -> tuple[Any, dict[str, Any]]:
@@ -150,9 +148,7 @@ def _on_device(shapes: Any) -> Any:
 def _restore(manager: ocp.CheckpointManager, step: int, items: Mapping[str, Any]) -> Any:
     try:
         return manager.restore(step, args=ocp.args.Composite(**items))
-    except (
-        Exception
-    ) as error:  # Orbax and TensorStore raise many kinds for damaged files; all are named in the chain.
+    except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files; all are named in the chain.
         raise ValueError(
             f"{manager.directory}/{step}: this checkpoint is damaged or not one of ours; remove it to use an earlier one"
         ) from error

@@ -210,9 +210,7 @@ def _architecture(origin: str | None, values: Mapping[str, Any], overrides: list
             name = argument.partition("=")[2] if "=" in argument else "".join(overrides[i + 1 : i + 2])
             where = "command line"
     if not isinstance(name, str) or name not in ARCHITECTURES:
-        raise ConfigError(
-            f"{where}: model.architecture is {name!r}; it must be one of {', '.join(ARCHITECTURES)}"
-        )
+        raise ConfigError(f"{where}: model.architecture is {name!r}; it must be one of {', '.join(ARCHITECTURES)}")
     return name
 
 
@@ -239,9 +237,7 @@ def _check_file(origin: str, values: Mapping[str, Any], sections: Mapping[str, t
         hints = get_type_hints(sections[section])
         for key, value in keys.items():
             if key not in hints:
-                raise ConfigError(
-                    f"{origin}: there is no key {section}.{key}{_nearest(key, hints, section + '.')}"
-                )
+                raise ConfigError(f"{origin}: there is no key {section}.{key}{_nearest(key, hints, section + '.')}")
             if not _fits(value, hints[key]):
                 raise ConfigError(
                     f"{origin}: {section}.{key} is {value!r} ({type(value).__name__}); it must be {_describe(hints[key])}"

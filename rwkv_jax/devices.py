@@ -1,6 +1,7 @@
 """What a device can do at best."""
 
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ PEAK_BF16_TFLOPS = {
 """Dense bfloat16 1e12 FLOP/s by the start of `device_kind`, from the vendors' data sheets."""
 
 
-def peak_flops(device: jax.Device, dtype: str) -> float | None:
+def peak_flops(device: Any, dtype: str) -> float | None:
     """Returns a device's peak in FLOP/s: published in bfloat16, measured on CPU, None where neither is known.
 
     Args:

@@ -129,9 +129,7 @@ def decode(
         logits, state, counts, key = carry
         key, own_key = jax.random.split(key)
         tokens = sample(own_key, logits, counts, sampling)
-        counts = counts * sampling.penalty_decay + jax.nn.one_hot(
-            tokens, counts.shape[-1], dtype=counts.dtype
-        )
+        counts = counts * sampling.penalty_decay + jax.nn.one_hot(tokens, counts.shape[-1], dtype=counts.dtype)
         logits, state = forward(params, config, tokens[:, None], state)
         return (logits[:, 0], state, counts, key), tokens
 

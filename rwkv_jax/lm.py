@@ -5,13 +5,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from . import params as p
 from .models import Config, module_of
 from .nn.layer_norm import layer_norm
 from .nn.linear import embed, linear
-
 
 _REMAT_POLICIES = {
     "block": jax.checkpoint_policies.nothing_saveable,
@@ -106,14 +106,14 @@ def hidden(
     state = init_state(config, tokens.shape[0], wide) if state is None else state
     state = jax.tree.map(lambda leaf: leaf.astype(wide), state)
 
-    def layer(x, inputs):
+    def layer(carry, inputs):
         block_params, block_state = inputs
-        return model.block(block_params, config, x, block_state, reset=reset, length=length, backend=backend)
+        return model.block(block_params, config, carry, block_state, reset=reset, length=length, backend=backend)
 
     if config.remat != "none":
         layer = jax.checkpoint(layer, prevent_cse=False, policy=_REMAT_POLICIES[config.remat])
     x = layer_norm(params.ln0, embed(params.emb, tokens).astype(dtype))
-    x, state = jax.lax.scan(layer, x, (params.blocks, state))
+    (x, _), state = jax.lax.scan(layer, (x, model.init_depth(config, x)), (params.blocks, state))
     return layer_norm(params.ln_out, x), state
 
 
@@ -131,7 +131,7 @@ def _check(params, config, tokens, state, reset, length):
             f"tokens have shape {tokens.shape}; they must be [B, T], both at least 1 (tokens[None] for one row)"
         )
     batch_size, num_tokens = tokens.shape
-    if not isinstance(tokens, jax.core.Tracer):
+    if not isinstance(tokens, Tracer):
         low, high = int(np.asarray(tokens).min()), int(np.asarray(tokens).max())
         if low < 0 or high >= config.vocab_size:
             raise ValueError(
@@ -140,13 +140,11 @@ def _check(params, config, tokens, state, reset, length):
             )
     if reset is not None and (reset.shape != tokens.shape or reset.dtype != jnp.bool_):
         raise ValueError(f"reset is {reset.dtype} {reset.shape}; it must be bool {tokens.shape}, as tokens")
-    if length is not None and (
-        length.shape != (batch_size,) or not jnp.issubdtype(length.dtype, jnp.integer)
-    ):
+    if length is not None and (length.shape != (batch_size,) or not jnp.issubdtype(length.dtype, jnp.integer)):
         raise ValueError(
             f"length is {length.dtype} {length.shape}; it must be an integer for each row, ({batch_size},)"
         )
-    if length is not None and not isinstance(length, jax.core.Tracer):
+    if length is not None and not isinstance(length, Tracer):
         low, high = int(np.asarray(length).min()), int(np.asarray(length).max())
         if low < 0 or high > num_tokens:
             raise ValueError(f"length runs from {low} to {high}; it must be 0 to T, which is {num_tokens}")

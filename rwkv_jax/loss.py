@@ -25,9 +25,7 @@ def cross_entropy(logits: Float[Array, "B T A"], targets: Int[Array, "B T"]) -> 
     return jax.nn.logsumexp(logits, axis=-1) - own
 
 
-def language_model_loss(
-    logits: Float[Array, "B T A"], targets: Int[Array, "B T"], l2wrap: float = L2WRAP
-) -> Loss:
+def language_model_loss(logits: Float[Array, "B T A"], targets: Int[Array, "B T"], l2wrap: float = L2WRAP) -> Loss:
     """Returns the mean cross-entropy, and its sum with l2wrap / 2 * mean(max_logit^2).
 
     Upstream writes the second part as an extra gradient, which ignores the scale of the incoming one and so counts too much

@@ -113,9 +113,7 @@ def check_shapes(params: Any, declaration: Any, num_layers: int) -> None:
         if jnp.shape(x) != param.stacked_shape(num_layers)
     ]
     if wrong:
-        raise ValueError(
-            "params do not fit the config; pass the config they were made with:\n  " + "\n  ".join(wrong)
-        )
+        raise ValueError("params do not fit the config; pass the config they were made with:\n  " + "\n  ".join(wrong))
 
 
 def to_official(params: Any, declaration: Any, num_layers: int) -> dict[str, np.ndarray]:
@@ -131,9 +129,7 @@ def to_official(params: Any, declaration: Any, num_layers: int) -> dict[str, np.
 
 def official_problems(shapes: Mapping[str, tuple[int, ...]], declaration: Any, num_layers: int) -> list[str]:
     """Returns a line for every missing, extra or mis-shaped tensor of an official checkpoint, given its shapes."""
-    expected = {
-        key: param.official_shape for param in jax.tree.leaves(declaration) for key in param.keys(num_layers)
-    }
+    expected = {key: param.official_shape for param in jax.tree.leaves(declaration) for key in param.keys(num_layers)}
     missing = [f"missing: {key} {shape}" for key, shape in expected.items() if key not in shapes]
     extra = [f"extra: {key} {shape}" for key, shape in shapes.items() if key not in expected]
     wrong = [
@@ -144,9 +140,7 @@ def official_problems(shapes: Mapping[str, tuple[int, ...]], declaration: Any, n
     return missing + extra + wrong
 
 
-def from_official(
-    read: Callable[[str], np.ndarray], declaration: Any, num_layers: int, dtype: Any = None
-) -> Any:
+def from_official(read: Callable[[str], np.ndarray], declaration: Any, num_layers: int, dtype: Any = None) -> Any:
     """Returns parameters from an official checkpoint that has no `official_problems`.
 
     Args:

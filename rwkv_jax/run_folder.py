@@ -33,14 +33,11 @@ def claim(settings: Settings) -> Path:
             f"{folder}: another process is training in this folder; wait for it, or use another --run.folder"
         ) from None
     except OSError as error:
-        raise OSError(
-            f"{folder}: cannot be written ({error.strerror}); choose another --run.folder"
-        ) from None
+        raise OSError(f"{folder}: cannot be written ({error.strerror}); choose another --run.folder") from None
     changed = configs.differences(configs.load(path), settings)
     if changed:
         raise ConfigError(
-            f"{folder} holds a run with another config; use another --run.folder, or undo:\n  "
-            + "\n  ".join(changed)
+            f"{folder} holds a run with another config; use another --run.folder, or undo:\n  " + "\n  ".join(changed)
         )
     return folder
 

@@ -60,9 +60,7 @@ def _keep_until(path: Path, step: int) -> None:
 
 def environment() -> dict[str, str]:
     """Returns what decides whether a resumed run repeats bit for bit: versions, cores and devices."""
-    packages = {
-        name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy", "optax", "grain")
-    }
+    packages = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy", "optax", "grain")}
     return {
         "python": platform.python_version(),
         **packages,
@@ -93,9 +91,7 @@ def plot_losses(folder: Path) -> Path:
     axes = figure.add_subplot()
     steps, values = [row["step"] for row in rows], [row["bits_per_byte"] for row in rows]
     axes.plot(steps, values, color="tab:blue", alpha=0.25, linewidth=0.8)
-    axes.plot(
-        steps, _smooth(values, max(1, len(values) // 100)), color="tab:blue", label="training, smoothed"
-    )
+    axes.plot(steps, _smooth(values, max(1, len(values) // 100)), color="tab:blue", label="training, smoothed")
     if validation:
         axes.plot(
             [row["step"] for row in validation], [row["validation_bits_per_byte"] for row in validation],

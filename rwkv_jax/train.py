@@ -39,9 +39,7 @@ class Metrics(NamedTuple):
     """Global norm of the gradient before clipping."""
 
 
-def init_train_state(
-    key: PRNGKeyArray, config: Config, optimizer: optax.GradientTransformation
-) -> TrainState:
+def init_train_state(key: PRNGKeyArray, config: Config, optimizer: optax.GradientTransformation) -> TrainState:
     """Returns step 0 with fresh parameters."""
     init_key, key = jax.random.split(key)
     params = init(init_key, config)
@@ -133,9 +131,7 @@ def evaluate(params: Any, config: Config, batches: Iterable[Any], backend: str |
     for batch in batches:
         if state is None:
             state = init_state(config, batch.inputs.shape[0])
-        cost, state = _evaluation_step(
-            params, config, batch.inputs, batch.targets, batch.valid, state, backend
-        )
+        cost, state = _evaluation_step(params, config, batch.inputs, batch.targets, batch.valid, state, backend)
         nats += float(cost)
         num_tokens += int(np.sum(batch.valid))
     return Evaluation(nats, num_tokens)

@@ -28,7 +28,9 @@ def rwkv4(weights, tokens, state=None):
     for token in tokens:
         x = layer_norm(weights["emb.weight"][token], weights, "blocks.0.ln0")
         for layer in range(len(state["pp"])):
-            own = {k.removeprefix(f"blocks.{layer}."): v for k, v in weights.items() if k.startswith(f"blocks.{layer}.")}
+            own = {
+                k.removeprefix(f"blocks.{layer}."): v for k, v in weights.items() if k.startswith(f"blocks.{layer}.")
+            }
             x = x + time_mix_4(own, layer_norm(x, own, "ln1"), {name: value[layer] for name, value in state.items()})
             x = x + channel_mix_4(own, layer_norm(x, own, "ln2"), state["ffn_x"][layer])
         logits.append(weights["head.weight"] @ layer_norm(x, weights, "ln_out"))

@@ -24,7 +24,11 @@ def states():
     """Three training states, each a step after the other."""
     state = train.init_train_state(jax.random.key(0), MODEL, OPTIMIZER)
     tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, 256)
-    step = jax.jit(lambda s: train.train_step(s, tokens[:, :-1], tokens[:, 1:], None, config=MODEL, optimizer=OPTIMIZER, l2wrap=0.0)[0])
+    step = jax.jit(
+        lambda s: train.train_step(
+            s, tokens[:, :-1], tokens[:, 1:], None, config=MODEL, optimizer=OPTIMIZER, l2wrap=0.0
+        )[0]
+    )
     result = []
     for _ in range(3):
         state = step(state)

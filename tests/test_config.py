@@ -90,18 +90,14 @@ def test_null_on_the_command_line_undoes_an_optional_value_of_the_file(file):
     assert settings.run.backend is None
 
 
-@pytest.mark.parametrize(
-    "abbreviation", ["--model.num", "--model.num_layer", "--mod.num_layers", "--num_layers", "-m"]
-)
+@pytest.mark.parametrize("abbreviation", ["--model.num", "--model.num_layer", "--mod.num_layers", "--num_layers", "-m"])
 def test_abbreviations_are_refused(abbreviation):
     with pytest.raises(ConfigError):
         parse([abbreviation, "3"])
 
 
 def test_an_unknown_option_names_itself_and_the_nearest():
-    refuse(
-        ["--model.nun_layers", "3"], "command line", "--model.nun_layers", "the nearest is --model.num_layers"
-    )
+    refuse(["--model.nun_layers", "3"], "command line", "--model.nun_layers", "the nearest is --model.num_layers")
 
 
 def test_an_unknown_key_in_a_file_names_file_key_and_nearest(tmp_path):
@@ -117,9 +113,7 @@ def test_an_unknown_section_names_file_section_and_nearest(tmp_path):
     refuse(write(tmp_path, "[optimizer]\nlr = 3\n"), "bad.toml", "[optimizer]", "the nearest is optim")
 
 
-@pytest.mark.parametrize(
-    "text", ["steps = 3\n", "model = 3\n"], ids=["key_outside_sections", "section_as_a_key"]
-)
+@pytest.mark.parametrize("text", ["steps = 3\n", "model = 3\n"], ids=["key_outside_sections", "section_as_a_key"])
 def test_a_key_outside_all_sections_is_refused(tmp_path, text):
     refuse(write(tmp_path, text), "bad.toml", f"[{text.partition(' ')[0]}]")
 
@@ -160,9 +154,7 @@ def test_a_wrong_type_on_the_command_line_names_the_key(key, value):
 @pytest.mark.parametrize("where", ["file", "command line"])
 def test_another_architecture_names_those_there_are(tmp_path, where):
     arguments = (
-        write(tmp_path, '[model]\narchitecture = "rwkv9"\n')
-        if where == "file"
-        else ["--model.architecture", "rwkv9"]
+        write(tmp_path, '[model]\narchitecture = "rwkv9"\n') if where == "file" else ["--model.architecture", "rwkv9"]
     )
     refuse(arguments, "bad.toml" if where == "file" else where, "model.architecture is 'rwkv9'", "rwkv4")
 
@@ -211,16 +203,12 @@ def test_a_file_that_is_not_text_is_named(tmp_path):
     refuse(["--cfg", str(tmp_path / "bad.toml")], "bad.toml", "not TOML")
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--cfg"], ["--cfg="], ["--cfg", ""], ["--cfg", "a.toml", "--cfg", "b.toml"]]
-)
+@pytest.mark.parametrize("arguments", [["--cfg"], ["--cfg="], ["--cfg", ""], ["--cfg", "a.toml", "--cfg", "b.toml"]])
 def test_cfg_wants_one_file(arguments):
     refuse(arguments, "--cfg")
 
 
-@pytest.mark.parametrize(
-    "arguments", [["12"], ["--model.num_layers"], ["--model.num_layers", "3", "stray"], ["-x"]]
-)
+@pytest.mark.parametrize("arguments", [["12"], ["--model.num_layers"], ["--model.num_layers", "3", "stray"], ["-x"]])
 def test_words_that_are_no_option_are_refused(arguments):
     with pytest.raises(ConfigError):
         parse(arguments)
@@ -234,9 +222,7 @@ def test_parse_or_exit_prints_one_message_and_ends_with_status_2(capsys):
 
 
 FULL = Settings(
-    RWKV4Config(
-        vocab_size=7, num_layers=2, embed_dim=4, ffn_dim=9, embed_init=3e-7, dtype="bfloat16", remat="none"
-    ),
+    RWKV4Config(vocab_size=7, num_layers=2, embed_dim=4, ffn_dim=9, embed_init=3e-7, dtype="bfloat16", remat="none"),
     DataConfig(),
     OptimConfig(lr=1e-5 / 3, lr_final=0.0, weight_decay=0.1, weight_decay_final=1e-3, lr_multiples=False),
     RunConfig(validation_tokens=10, backend="scan", peak_tflops=0.1 + 0.2),
@@ -292,9 +278,7 @@ def test_every_optional_field_defaults_to_none_because_toml_has_no_none():
 
 def test_differences_name_each_field_with_both_values():
     assert config.differences(FULL, FULL) == []
-    changed = replace(
-        FULL, model=replace(FULL.model, ffn_dim=None), run=replace(FULL.run, folder="elsewhere", steps=7)
-    )
+    changed = replace(FULL, model=replace(FULL.model, ffn_dim=None), run=replace(FULL.run, folder="elsewhere", steps=7))
     assert config.differences(FULL, changed) == [
         "model.ffn_dim: 9 -> None",
         "run.folder: 'runs/default' -> 'elsewhere'",
@@ -306,13 +290,9 @@ def described(kind):
     """The string under each field of a dataclass, read off its source."""
     (tree,) = ast.parse(inspect.getsource(kind)).body
     assert isinstance(tree, ast.ClassDef)
-    texts = {}
+    texts = {name: text for base in kind.__bases__ if dataclasses.is_dataclass(base) for name, text in described(base).items()}
     for field, text in pairwise(tree.body):
-        if (
-            isinstance(field, ast.AnnAssign)
-            and isinstance(field.target, ast.Name)
-            and isinstance(text, ast.Expr)
-        ):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
             texts[field.target.id] = ast.literal_eval(text.value)
     return texts
 
@@ -327,7 +307,5 @@ def test_help_lists_every_field_with_its_text_and_default(capsys):
         # The option, its type in some notation, then its text.
         shown_default = "null" if default is None else " ".join(str(default).split())
         text = " ".join(text.split())
-        pattern = (
-            rf"--{section}\.{name} .{{0,120}}{re.escape(text)} [^-]*default: ?{re.escape(shown_default)}"
-        )
+        pattern = rf"--{section}\.{name} .{{0,120}}{re.escape(text)} [^-]*default: ?{re.escape(shown_default)}"
         assert re.search(pattern, shown), f"{section}.{name}"

@@ -31,9 +31,7 @@ def random_ids(number, seed=0):
 def probabilities(logits, counts, sampling):
     """What `sample` documents, in float64: penalties, temperature, top_k, top_p."""
     logits = (
-        np.asarray(logits, np.float64)
-        - sampling.presence_penalty * (counts > 0)
-        - sampling.frequency_penalty * counts
+        np.asarray(logits, np.float64) - sampling.presence_penalty * (counts > 0) - sampling.frequency_penalty * counts
     )
     if sampling.temperature == 0:
         return np.eye(logits.size)[logits.argmax()]
@@ -281,9 +279,7 @@ def test_text_ends_at_end_of_text(scripted, before):
 
 
 @pytest.mark.parametrize("before", range(9, 26))
-@pytest.mark.parametrize(
-    "stop", [["\n\nUser:"], ["zzz", "\n\nUser:", "\n\nUser: and more"], ["r:", "\n\nUser:"]]
-)
+@pytest.mark.parametrize("stop", [["\n\nUser:"], ["zzz", "\n\nUser:", "\n\nUser: and more"], ["r:", "\n\nUser:"]])
 def test_a_stop_string_is_never_shown_wherever_it_is_split(scripted, before, stop):
     pieces = scripted("a" * before + "\n\nUser: hello", stop=stop)
     assert "".join(pieces) == "a" * before
@@ -318,7 +314,4 @@ def test_a_character_that_max_tokens_cuts_is_left_out(scripted, max_tokens):
 
 @pytest.mark.parametrize("shift", range(4))
 def test_a_stop_string_of_multibyte_characters_is_never_shown(scripted, shift):
-    assert (
-        "".join(scripted("a" * (12 + shift) + "日本語🎉終 more", stop=["本語🎉終"]))
-        == "a" * (12 + shift) + "日"
-    )
+    assert "".join(scripted("a" * (12 + shift) + "日本語🎉終 more", stop=["本語🎉終"])) == "a" * (12 + shift) + "日"

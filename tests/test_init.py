@@ -63,9 +63,7 @@ def official(config, seed=0):
 
 def declared(config):
     """The declarations by their official name without the layer."""
-    return {
-        param.key.removeprefix("blocks.{layer}."): param for param in jax.tree.leaves(rwkv4.declare(config))
-    }
+    return {param.key.removeprefix("blocks.{layer}."): param for param in jax.tree.leaves(rwkv4.declare(config))}
 
 
 def assert_scaled_orthogonal(matrix, gain):
@@ -75,17 +73,13 @@ def assert_scaled_orthogonal(matrix, gain):
     np.testing.assert_allclose(gram, gain**2 * np.eye(len(gram)), atol=1e-5 * gain**2)
 
 
-@pytest.mark.parametrize(
-    "config", [SMALL, ONE_LAYER, WIDE_FFN], ids=["three_layers", "one_layer", "two_layers"]
-)
+@pytest.mark.parametrize("config", [SMALL, ONE_LAYER, WIDE_FFN], ids=["three_layers", "one_layer", "two_layers"])
 def test_vectors_follow_the_published_formulas_in_every_layer(config):
     tensors = official(config)
     for layer in range(config.num_layers):
         for name, expected in vectors(layer, config.num_layers, config.embed_dim).items():
             actual = tensors[f"blocks.{layer}.{name}"].reshape(-1)
-            np.testing.assert_allclose(
-                actual, expected, rtol=2e-6, atol=2e-6, err_msg=f"layer {layer}: {name}"
-            )
+            np.testing.assert_allclose(actual, expected, rtol=2e-6, atol=2e-6, err_msg=f"layer {layer}: {name}")
 
 
 def test_one_layer_and_one_channel_divide_by_nothing():
@@ -127,22 +121,14 @@ def test_the_other_matrices_and_layer_norm_offsets_start_at_zero_and_gains_at_on
     tensors = official(SMALL)
     zero = r"(att\.(key|receptance|output)|ffn\.(value|receptance))\.weight$|ln\w+\.bias$"
     one = r"ln\w+\.weight$"
-    assert {key for key in tensors if np.all(tensors[key] == 0)} == {
-        key for key in tensors if re.search(zero, key)
-    }
-    assert {key for key in tensors if np.all(tensors[key] == 1)} == {
-        key for key in tensors if re.search(one, key)
-    }
+    assert {key for key in tensors if np.all(tensors[key] == 0)} == {key for key in tensors if re.search(zero, key)}
+    assert {key for key in tensors if np.all(tensors[key] == 1)} == {key for key in tensors if re.search(one, key)}
 
 
-@pytest.mark.parametrize(
-    "config", [SMALL, ONE_LAYER, WIDE_FFN], ids=["three_layers", "one_layer", "ffn_of_24"]
-)
+@pytest.mark.parametrize("config", [SMALL, ONE_LAYER, WIDE_FFN], ids=["three_layers", "one_layer", "ffn_of_24"])
 def test_official_keys_and_shapes_are_those_of_the_released_checkpoints(config):
     shapes = {key: tensor.shape for key, tensor in official(config).items()}
-    assert shapes == official_shapes(
-        config.vocab_size, config.num_layers, config.embed_dim, config.hidden_dim
-    )
+    assert shapes == official_shapes(config.vocab_size, config.num_layers, config.embed_dim, config.hidden_dim)
 
 
 def test_official_matrices_are_ours_transposed_and_the_embedding_is_not():
@@ -155,13 +141,9 @@ def test_official_matrices_are_ours_transposed_and_the_embedding_is_not():
     np.testing.assert_array_equal(tensors["blocks.0.ln0.bias"], params.ln0.bias)
     for layer in range(SMALL.num_layers):
         block = f"blocks.{layer}"
-        np.testing.assert_array_equal(
-            tensors[f"{block}.att.output.weight"], params.blocks.att.output[layer].T
-        )
+        np.testing.assert_array_equal(tensors[f"{block}.att.output.weight"], params.blocks.att.output[layer].T)
         np.testing.assert_array_equal(tensors[f"{block}.ffn.value.weight"], params.blocks.ffn.value[layer].T)
-        np.testing.assert_array_equal(
-            tensors[f"{block}.att.time_mix_r"][0, 0], params.blocks.att.time_mix_r[layer]
-        )
+        np.testing.assert_array_equal(tensors[f"{block}.att.time_mix_r"][0, 0], params.blocks.att.time_mix_r[layer])
         np.testing.assert_array_equal(tensors[f"{block}.ln2.weight"], params.blocks.ln2.weight[layer])
 
 
@@ -173,9 +155,7 @@ def test_only_time_decay_and_time_first_have_learning_rate_multiples():
 def test_weight_decay_applies_to_every_matrix_and_to_nothing_else():
     tensors = official(SMALL)
     matrices = {key for key, tensor in tensors.items() if np.squeeze(tensor).ndim >= 2}
-    decaying = {
-        key for param in declared(SMALL).values() if param.decays for key in param.keys(SMALL.num_layers)
-    }
+    decaying = {key for param in declared(SMALL).values() if param.decays for key in param.keys(SMALL.num_layers)}
     assert decaying == matrices
 
 
@@ -190,9 +170,7 @@ def test_the_same_key_gives_the_same_parameters_and_another_key_others():
 def test_layers_and_names_draw_differently():
     # With width 8 and ffn_dim 8 all of these matrices have one shape and would be equal if they shared a key.
     tensors = official(RWKV4Config(vocab_size=8, num_layers=2, embed_dim=8, ffn_dim=8))
-    drawn = [
-        tensors[f"blocks.{layer}.{name}.weight"] for layer in range(2) for name in ("att.value", "ffn.key")
-    ]
+    drawn = [tensors[f"blocks.{layer}.{name}.weight"] for layer in range(2) for name in ("att.value", "ffn.key")]
     drawn.append(2 * tensors["head.weight"])
     for i, a in enumerate(drawn):
         for b in drawn[:i]:
@@ -223,9 +201,7 @@ def test_init_works_under_jit_and_vmap_over_keys():
     assert not np.array_equal(stacked.head[0], stacked.head[1])
 
 
-@pytest.mark.parametrize(
-    "config", [SMALL, ONE_LAYER, WIDE_FFN], ids=["three_layers", "one_layer", "ffn_of_24"]
-)
+@pytest.mark.parametrize("config", [SMALL, ONE_LAYER, WIDE_FFN], ids=["three_layers", "one_layer", "ffn_of_24"])
 def test_count_params_counts_the_scalars_of_init(config):
     sizes = [tensor.size for tensor in official(config).values()]
     assert rwkv_jax.count_params(config) == sum(sizes)

@@ -99,9 +99,7 @@ def test_accumulating_gradients_changes_no_update(x64):
     whole_state, whole = jax.jit(step)(state, inputs, targets, reset)
     parts_state, parts = jax.jit(partial(step, accumulate=4))(state, inputs, targets, reset)
     np.testing.assert_allclose(parts, whole, rtol=1e-12)
-    for start, a, b in zip(
-        *map(jax.tree.leaves, (state.params, whole_state.params, parts_state.params)), strict=True
-    ):
+    for start, a, b in zip(*map(jax.tree.leaves, (state.params, whole_state.params, parts_state.params)), strict=True):
         moved = np.abs(np.asarray(a - start)).max()
         assert moved > 0
         np.testing.assert_allclose(b, a, rtol=0, atol=1e-10 * moved)
@@ -111,9 +109,7 @@ def test_a_batch_that_does_not_divide_is_refused():
     tokens = random_tokens(6, 4)
     step = partial(train_step, config=MODEL, optimizer=OPTIMIZER, l2wrap=0.0, accumulate=4)
     with pytest.raises(ValueError, match=r"batch of 6 .* accumulate=4"):
-        jax.eval_shape(
-            lambda: step(init_train_state(jax.random.key(0), MODEL, OPTIMIZER), tokens, tokens, None)
-        )
+        jax.eval_shape(lambda: step(init_train_state(jax.random.key(0), MODEL, OPTIMIZER), tokens, tokens, None))
 
 
 def test_metrics_are_the_loss_and_the_gradient_norm_of_the_whole_batch_before_the_update():

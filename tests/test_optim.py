@@ -122,9 +122,7 @@ def adam(params, gradients, config, num_steps):
             update = (mean[name] / (1 - config.b1 ** (step + 1))) / (
                 np.sqrt(square[name] / (1 - config.b2 ** (step + 1))) + config.eps
             )
-            multiple = (
-                {"att.time_decay": 2.0, "att.time_first": 3.0}.get(name, 1.0) if config.lr_multiples else 1.0
-            )
+            multiple = {"att.time_decay": 2.0, "att.time_first": 3.0}.get(name, 1.0) if config.lr_multiples else 1.0
             update = update + decay * x if is_matrix(name) else update
             params[name] = x - rate(config, step, num_steps) * multiple * update
     return params

@@ -56,7 +56,9 @@ peak_tflops = 1.0
 
 
 def train(corpus, folder, *overrides):
-    return subprocess.run(command(corpus, folder, *overrides), capture_output=True, text=True, timeout=300, cwd=folder.parent)
+    return subprocess.run(
+        command(corpus, folder, *overrides), capture_output=True, text=True, timeout=300, cwd=folder.parent
+    )
 
 
 def rows(folder, name="metrics.jsonl"):
@@ -81,7 +83,15 @@ def test_a_run_leaves_everything_promised(finished):
     folder, result = finished
     assert [row["step"] for row in rows(folder)] == list(range(1, STEPS + 1))
     assert rows(folder)[-1]["loss"] < rows(folder)[0]["loss"] - 1
-    keys = {"step", "loss", "bits_per_byte", "grad_norm", "learning_rate", "tokens_per_second", "model_flop_utilisation"}
+    keys = {
+        "step",
+        "loss",
+        "bits_per_byte",
+        "grad_norm",
+        "learning_rate",
+        "tokens_per_second",
+        "model_flop_utilisation",
+    }
     assert keys == set(rows(folder)[0])
     assert [row["step"] for row in rows(folder, "validation.jsonl")] == list(range(5, STEPS + 1, 5))
     assert (folder / "loss.png").read_bytes()[:4] == b"\x89PNG"
@@ -147,7 +157,9 @@ def test_a_run_killed_at_random_moments_repeats_the_losses_bit_for_bit(finished,
 def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(finished, corpus, tmp_path):
     whole, _ = finished
     folder = tmp_path / "run"
-    process = subprocess.Popen(command(corpus, folder), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(corpus, folder), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     while not (folder / "metrics.jsonl").exists() or (folder / "metrics.jsonl").read_text().count("\n") < 7:
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.002)
@@ -192,7 +204,9 @@ def test_bad_input_ends_with_a_message_that_names_it(corpus, tmp_path, overrides
 @pytest.mark.slow
 def test_two_processes_do_not_train_in_one_folder(corpus, tmp_path):
     folder = tmp_path / "run"
-    first = subprocess.Popen(command(corpus, folder), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = subprocess.Popen(
+        command(corpus, folder), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     while not (folder / "config.toml").exists():
         assert first.poll() is None
         time.sleep(0.01)

@@ -33,9 +33,7 @@ def choose(op: str, backends: Mapping[str, Backend], requested: str | None, plat
             if not backend.why_not(platform):
                 return backend
     problem = "no backend runs here" if requested is None else f"backend={requested!r} cannot be used"
-    raise ValueError(
-        f"{op}: {problem}; choose one of these, or None for the best:\n{explain(op, backends, platform)}"
-    )
+    raise ValueError(f"{op}: {problem}; choose one of these, or None for the best:\n{explain(op, backends, platform)}")
 
 
 def explain(op: str, backends: Mapping[str, Backend], platform: str) -> str:

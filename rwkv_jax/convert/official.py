@@ -36,14 +36,10 @@ def load_safetensors(path: str | Path, dtype: Any = None) -> tuple[Any, Config]:
             declaration = module_of(config).declare(config)
             problems = p.official_problems(shapes, declaration, config.num_layers)
             if problems:
-                raise ValueError(
-                    f"{path}: not a whole {config.architecture} checkpoint:\n  " + "\n  ".join(problems)
-                )
+                raise ValueError(f"{path}: not a whole {config.architecture} checkpoint:\n  " + "\n  ".join(problems))
             return p.from_official(file.get_tensor, declaration, config.num_layers, dtype), config
     except SafetensorError as error:
-        raise ValueError(
-            f"{path}: truncated, or not a safetensors file ({error}); fetch or convert it again"
-        ) from None
+        raise ValueError(f"{path}: truncated, or not a safetensors file ({error}); fetch or convert it again") from None
 
 
 def save_safetensors(path: str | Path, params: Any, config: Config) -> None:

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
-
 from rwkv_kernels import WKV4State, wkv4
 from rwkv_kernels.wkv4 import init_wkv4_state
 
@@ -22,41 +21,19 @@ from .. import params as p
 from ..nn.layer_norm import LayerNorm, declare_layer_norm, layer_norm
 from ..nn.linear import linear
 from ..nn.token_shift import token_shift
+from .base import ModelConfig
 
 
 @dataclass(frozen=True)
-class RWKV4Config:
-    """The shape of an RWKV-4 and how it computes."""
+class RWKV4Config(ModelConfig):
+    """The size of an RWKV-4 and how it computes."""
 
     architecture: Literal["rwkv4"] = "rwkv4"
     """Which model this is."""
-    vocab_size: int = 50277
-    """Rows of the embedding and of the head (256 for bytes, 50277 or 50304 for 20B, 65536 for World)."""
-    num_layers: int = 12
-    """Blocks, each of a time mix and a channel mix."""
-    embed_dim: int = 768
-    """Width of the residual stream and of the state (channels)."""
-    ffn_dim: int | None = None
-    """Hidden width of the channel mix; none: 4 * embed_dim."""
-    embed_init: float = 1e-4
-    """Bound of the uniform initialisation of the embedding; RWKV-4 upstream uses the initial learning rate."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """What activations and matrix products are computed in; layer norms, WKV and logits are always float32."""
-    remat: Literal["block", "elementwise", "none"] = "block"
-    """What the backward pass recomputes instead of storing: every block from its input (least memory), all but the matrix
-    products (fastest on CPU), or nothing."""
-
-    def __post_init__(self):
-        for name in ("vocab_size", "num_layers", "embed_dim", "ffn_dim"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"model.{name} is {value}; it must be at least 1")
-        if self.embed_init <= 0:
-            raise ValueError(f"model.embed_init is {self.embed_init}; it must be positive")
 
     @property
     def hidden_dim(self) -> int:
-        """The hidden width of the channel mix."""
+        """The hidden width of the channel mix, 4 * embed_dim unless ffn_dim is given."""
         return self.ffn_dim or 4 * self.embed_dim
 
 
@@ -119,6 +96,7 @@ class State(NamedTuple):
 def declare(config: RWKV4Config) -> Params:
     """Declares every parameter, once."""
     width, hidden, layers = config.embed_dim, config.hidden_dim, config.num_layers
+
     def depth(layer):  # 0 at the first layer, 1 at the last (0 if it is the only one)
         return layer / max(layers - 1, 1)
 
@@ -159,9 +137,7 @@ def declare(config: RWKV4Config) -> Params:
     ffn = ChannelMix(
         time_mix_k=vector("ffn.time_mix_k", mix(1.0)),
         time_mix_r=vector("ffn.time_mix_r", mix(1.0)),
-        key=matrix(
-            "ffn.key", (width, hidden), ("embed", "ffn"), p.orthogonal(max(1.0, hidden / width) ** 0.5)
-        ),
+        key=matrix("ffn.key", (width, hidden), ("embed", "ffn"), p.orthogonal(max(1.0, hidden / width) ** 0.5)),
         receptance=matrix("ffn.receptance", square, ("embed", "embed_out"), p.zeros),
         value=matrix("ffn.value", (hidden, width), ("ffn", "embed"), p.zeros),
     )
@@ -248,23 +224,33 @@ def channel_mix(
     return y, state._replace(ffn_x=ffn_x)
 
 
+def init_depth(config: RWKV4Config, x: Float[Array, "B T D"]) -> tuple[()]:
+    """Returns what the blocks hand on from layer to layer besides the residual: nothing."""
+    del config, x
+    return ()
+
+
 def block(
     params: Block,
     config: RWKV4Config,
-    x: Float[Array, "B T D"],
+    inputs: tuple[Float[Array, "B T D"], tuple[()]],
     state: State,
     *,
     reset: Bool[Array, "B T"] | None = None,
     length: Int[Array, "B"] | None = None,
     backend: str | None = None,
-) -> tuple[Float[Array, "B T D"], State]:
-    """Returns x + time mix + channel mix, and the layer's new state; arguments as in `time_mix`, x being the residual."""
+) -> tuple[tuple[Float[Array, "B T D"], tuple[()]], State]:
+    """Returns ((x + time mix + channel mix, depth), the layer's new state).
+
+    Args: as in `time_mix`, but inputs are the residual x and the depth, from `init_depth` or the layer before.
+    """
+    x, depth = inputs
     y, state = time_mix(
         params.att, config, layer_norm(params.ln1, x), state, reset=reset, length=length, backend=backend
     )
     x = x + y
     y, state = channel_mix(params.ffn, config, layer_norm(params.ln2, x), state, reset=reset, length=length)
-    return x + y, state
+    return (x + y, depth), state
 
 
 def _mix(x, shifted, weight):

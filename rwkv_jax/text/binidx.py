@@ -36,10 +36,14 @@ def read_binidx(prefix: str | Path) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"{idx_path}: does not begin with {MAGIC!r}; it is not a Megatron index")
     _, version, code, num_sequences, num_documents = _HEADER.unpack_from(content)
     if version != 1 or code not in _DTYPES:
-        raise ValueError(f"{idx_path}: version {version}, dtype code {code}; read are version 1 and codes {sorted(_DTYPES)}")
+        raise ValueError(
+            f"{idx_path}: version {version}, dtype code {code}; read are version 1 and codes {sorted(_DTYPES)}"
+        )
     expected = _HEADER.size + 12 * num_sequences + 8 * num_documents
     if len(content) != expected:
-        raise ValueError(f"{idx_path}: {len(content)} bytes, its header means {expected}; it is truncated, fetch it again")
+        raise ValueError(
+            f"{idx_path}: {len(content)} bytes, its header means {expected}; it is truncated, fetch it again"
+        )
     lengths = np.frombuffer(content, np.int32, num_sequences, _HEADER.size).astype(np.int64)
     pointers = np.frombuffer(content, np.int64, num_sequences, _HEADER.size + 4 * num_sequences)
     dtype = np.dtype(_DTYPES[code])
@@ -48,7 +52,9 @@ def read_binidx(prefix: str | Path) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"{idx_path}: its sequences do not follow one another in the .bin; write it anew")
     num_tokens, size = int(lengths.sum()), bin_path.stat().st_size
     if size != num_tokens * dtype.itemsize:
-        raise ValueError(f"{bin_path}: {size} bytes, its index means {num_tokens * dtype.itemsize}; one of them is truncated")
+        raise ValueError(
+            f"{bin_path}: {size} bytes, its index means {num_tokens * dtype.itemsize}; one of them is truncated"
+        )
     if not num_tokens:
         raise ValueError(f"{bin_path}: no tokens")
     return np.memmap(bin_path, dtype, mode="r"), starts[lengths > 0]
@@ -68,7 +74,9 @@ def write_binidx(prefix: str | Path, documents: Iterable[np.ndarray], dtype: Any
         for ids in documents:
             narrow = np.asarray(ids).astype(dtype)
             if not np.array_equal(narrow, ids):
-                raise ValueError(f"{bin_path}: document {len(lengths)} has ids that {dtype} cannot hold; give a wider dtype")
+                raise ValueError(
+                    f"{bin_path}: document {len(lengths)} has ids that {dtype} cannot hold; give a wider dtype"
+                )
             file.write(narrow.tobytes())
             lengths.append(len(narrow))
     sizes = np.array(lengths, np.int32)

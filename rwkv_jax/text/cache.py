@@ -82,7 +82,9 @@ def count_bytes(tokens: np.ndarray, tokenizer: Tokenizer) -> int:
 
 
 def _write(folder: Path, corpus: Corpus, tokenizer: Tokenizer) -> None:
-    dtype = np.dtype(np.uint8 if tokenizer.vocab_size <= 256 else np.uint16 if tokenizer.vocab_size <= 65536 else np.int32)
+    dtype = np.dtype(
+        np.uint8 if tokenizer.vocab_size <= 256 else np.uint16 if tokenizer.vocab_size <= 65536 else np.int32
+    )
     starts, num_tokens, num_bytes = [], 0, 0
     with (folder / "tokens.bin").open("wb") as file, tqdm(desc="tokenising", unit="B", unit_scale=True, delay=2) as bar:
         for document in corpus.documents():

@@ -104,16 +104,20 @@ class TfdsSource:
         for index in range(len(source)):
             example = source[index]
             if self._key not in example:
-                raise ValueError(f"tfds {self._name}: no data.text_key={self._key!r}; examples have {', '.join(example)}")
+                raise ValueError(
+                    f"tfds {self._name}: no data.text_key={self._key!r}; examples have {', '.join(example)}"
+                )
             text = example[self._key]
             yield Document(f"{self._split}:{index}", text if isinstance(text, str) else bytes(text))
 
     def _load(self) -> tuple[Any, Any]:
         try:
             import tensorflow_datasets as tfds
-            import tensorflow_datasets.text  # noqa: F401  registers winogrande, c4, wikipedia, hellaswag
+            import tensorflow_datasets.text
         except ImportError as error:
-            raise ValueError(f'data.source="tfds" needs TensorFlow Datasets ({error}): pip install "rwkv-jax[tfds]"') from None
+            raise ValueError(
+                f'data.source="tfds" needs TensorFlow Datasets ({error}): pip install "rwkv-jax[tfds]"'
+            ) from None
         folder = Path(self._data_dir or "", self._name) if self._data_dir else None
         if folder is not None and (folder / "dataset_info.json").is_file():
             builder = tfds.builder_from_directory(str(folder))
@@ -122,7 +126,8 @@ class TfdsSource:
             builder.download_and_prepare()
         if self._split not in builder.info.splits:
             raise ValueError(f"tfds {self._name}: no split {self._split!r}; it has {', '.join(builder.info.splits)}")
-        return builder.as_data_source(split=self._split), builder.info
+        source: Any = builder.as_data_source
+        return source(split=self._split), builder.info
 
 
 class Part:

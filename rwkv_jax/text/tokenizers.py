@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import unicodedata
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -80,11 +79,7 @@ class ByteTokenizer:
     vocab_size = 256
     end_of_text = 0
     fingerprint = "bytes"
-
-    @cached_property
-    def token_bytes(self) -> Sequence[bytes]:
-        """Each byte; NUL is none."""
-        return [b"", *(bytes([i]) for i in range(1, 256))]
+    token_bytes: Sequence[bytes] = (b"", *(bytes([i]) for i in range(1, 256)))
 
     def encode(self, text: str | bytes) -> np.ndarray:
         """Returns the bytes as int32.
@@ -94,7 +89,9 @@ class ByteTokenizer:
         """
         raw = text.encode() if isinstance(text, str) else text
         if b"\0" in raw:
-            raise ValueError(f"the text has a NUL byte at {raw.index(0)}, which ends documents; remove it, or use another tokenizer")
+            raise ValueError(
+                f"the text has a NUL byte at {raw.index(0)}, which ends documents; remove it, or use another tokenizer"
+            )
         return np.frombuffer(raw, np.uint8).astype(np.int32)
 
 
@@ -163,7 +160,9 @@ class NeoXTokenizer:
             merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
             self.fingerprint = _hash([sorted(model["vocab"].items()), merges, sorted(added.items())])
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{vocabulary}: not a tokenizer.json with vocabulary, merges and added tokens ({error!r})") from None
+            raise ValueError(
+                f"{vocabulary}: not a tokenizer.json with vocabulary, merges and added tokens ({error!r})"
+            ) from None
         _check_fingerprint(self.fingerprint, NEOX_FINGERPRINT, vocabulary, "20B")
 
         specials = {text: index for text, index in added.items() if text.startswith("<|")}
@@ -244,7 +243,9 @@ def _downloaded_neox_vocabulary() -> Path:
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:
-        raise FileNotFoundError(f"the 20B vocabulary is not here, and huggingface_hub is not installed: {ways}") from None
+        raise FileNotFoundError(
+            f"the 20B vocabulary is not here, and huggingface_hub is not installed: {ways}"
+        ) from None
     try:
         return Path(hf_hub_download(NEOX_REPOSITORY, NEOX_FILE))
     except (OSError, RuntimeError) as error:  # Whatever the network or the hub says, the way out is the same.
@@ -261,7 +262,9 @@ def _world_line(line: str, where: str) -> tuple[int, bytes]:
             raise ValueError("the literal does not have that many bytes")
         return int(index), token
     except (ValueError, SyntaxError) as error:
-        raise ValueError(f"{where}: {line[:60]!r} is not 'id literal length' ({error}); this is not the World vocabulary") from None
+        raise ValueError(
+            f"{where}: {line[:60]!r} is not 'id literal length' ({error}); this is not the World vocabulary"
+        ) from None
 
 
 def _lengths_by_start(ids: dict[bytes, int]) -> dict[bytes, tuple[int, ...]]:

@@ -73,9 +73,7 @@ def test_a_file_holds_torchs_layout_under_the_official_names(checkpoint):
     np.testing.assert_array_equal(tensors["emb.weight"], params.emb)
     np.testing.assert_array_equal(tensors["head.weight"], params.head.T)
     np.testing.assert_array_equal(tensors["blocks.1.ffn.key.weight"], params.blocks.ffn.key[1].T)
-    np.testing.assert_array_equal(
-        tensors["blocks.1.att.time_mix_v"], params.blocks.att.time_mix_v[1][None, None]
-    )
+    np.testing.assert_array_equal(tensors["blocks.1.att.time_mix_v"], params.blocks.att.time_mix_v[1][None, None])
     np.testing.assert_array_equal(tensors["blocks.0.att.time_decay"], params.blocks.att.time_decay[0])
 
 
@@ -128,9 +126,7 @@ def test_a_whole_missing_layer_is_listed(checkpoint):
 def test_a_truncated_file_is_refused_by_name(checkpoint, kept):
     data = checkpoint.read_bytes()
     checkpoint.write_bytes(data[: int(kept * len(data))])
-    with pytest.raises(
-        ValueError, match=rf"{re.escape(str(checkpoint))}: truncated, or not a safetensors file"
-    ):
+    with pytest.raises(ValueError, match=rf"{re.escape(str(checkpoint))}: truncated, or not a safetensors file"):
         load_safetensors(checkpoint)
 
 
@@ -197,9 +193,7 @@ def test_saving_again_replaces_the_file(checkpoint):
 
 def test_parameters_of_another_config_are_not_saved(tmp_path):
     other = RWKV4Config(vocab_size=18, num_layers=2, embed_dim=6)
-    with pytest.raises(
-        ValueError, match=r"emb\.weight: shape \(17, 6\), the config asks for \(18, 6\)"
-    ) as error:
+    with pytest.raises(ValueError, match=r"emb\.weight: shape \(17, 6\), the config asks for \(18, 6\)") as error:
         save_safetensors(tmp_path / "model.safetensors", random_params(), other)
     assert "head.weight: shape (6, 17)" in str(error.value)
     assert not list(tmp_path.iterdir())

@@ -7,7 +7,6 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from rwkv_kernels import WKV4State, explain_wkv4, numerics, wkv4
 from rwkv_kernels.wkv4 import cases
 from rwkv_kernels.wkv4.api import BACKENDS
@@ -51,9 +50,7 @@ def check(case, backend, dtypes):
         actual = run(inputs, dtype, backend)
         paths = jax.tree_util.tree_leaves_with_path(actual)
         for (path, a), e, o in zip(paths, jax.tree.leaves(exact), jax.tree.leaves(oracle), strict=True):
-            bound = (
-                1e-12 if dtype == jnp.float64 else numerics.tolerance(dtype, numerics.relative_error(o, e))
-            )
+            bound = 1e-12 if dtype == jnp.float64 else numerics.tolerance(dtype, numerics.relative_error(o, e))
             error = numerics.relative_error(a, e)
             where = f"{jnp.dtype(dtype).name} {jax.tree_util.keystr(path)}"
             assert error <= bound, f"{where}: relative error {error:.2e}, allowed {bound:.2e}"
@@ -85,15 +82,11 @@ def test_backend_equals_scan_over_4096_tokens(backend, x64):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_output_is_the_papers_weighted_mean(backend, x64):
-    inputs = cases.make(
-        cases.Case(batch_size=1, num_tokens=20, embed_dim=4, time_decay=(-3, 1), carried=False)
-    )
+    inputs = cases.make(cases.Case(batch_size=1, num_tokens=20, embed_dim=4, time_decay=(-3, 1), carried=False))
     k, v, w, u = inputs.k[0], inputs.v[0], inputs.w, inputs.u
     expected = np.zeros_like(v)
     for t in range(len(k)):
-        weights = np.stack(
-            [np.exp((t - 1 - i) * w + k[i]) if i < t else np.exp(u + k[t]) for i in range(t + 1)]
-        )
+        weights = np.stack([np.exp((t - 1 - i) * w + k[i]) if i < t else np.exp(u + k[t]) for i in range(t + 1)])
         expected[t] = (weights * v[: t + 1]).sum(0) / weights.sum(0)
     y, _ = wkv4(*map(jnp.asarray, (inputs.k, inputs.v, w, u)), backend=backend)
     np.testing.assert_allclose(y[0], expected, rtol=1e-12)

@@ -1,6 +1,7 @@
 """What every version must satisfy with every backend, in float64."""
 
 from functools import partial
+from itertools import pairwise
 
 import jax
 import jax.extend
@@ -66,7 +67,7 @@ def test_reset_equals_separate_sequences_whatever_the_state(run, config, carried
     for row, at in enumerate(starts):
         edges = sorted({0, *at, 37})
         state = jax.tree.map(lambda x, row=row: x[:, row : row + 1], carried)
-        for begin, end in zip(edges, edges[1:], strict=False):
+        for begin, end in pairwise(edges):
             state = None if reset[row, begin] else state
             part, state = run(tokens[row : row + 1, begin:end], state)
             close(part[0], logits[row, begin:end])
@@ -98,7 +99,9 @@ def test_last_position_equals_the_last_of_all(run, config):
 
 
 def test_last_position_computes_no_other_logits(params, config, backend):
-    jaxpr = jax.make_jaxpr(lambda p: rwkv_jax.forward(p, config, draw(config, 3, 23), positions="last", backend=backend))(params)
+    jaxpr = jax.make_jaxpr(
+        lambda p: rwkv_jax.forward(p, config, draw(config, 3, 23), positions="last", backend=backend)
+    )(params)
     assert f"3,1,{config.vocab_size}]" in str(jaxpr).replace(" ", "")
     assert not any(f"{n},{config.vocab_size}]" in str(jaxpr).replace(" ", "") for n in ("3,23", "69"))
 
@@ -148,7 +151,8 @@ def test_remat_changes_no_gradient(params, config, backend):
     tokens, state = draw(config, 2, 13), rwkv_jax.init_state(config, 2, jnp.float64)
     arguments = (tokens, state, jnp.zeros((2, 13), bool), jnp.full(2, 13), backend)
     plain, *others = (
-        gradients(params, dataclasses.replace(config, remat=remat), *arguments) for remat in ("none", "block", "elementwise")
+        gradients(params, dataclasses.replace(config, remat=remat), *arguments)
+        for remat in ("none", "block", "elementwise")
     )
     for other in others:
         trees_close(other, plain)
@@ -196,7 +200,7 @@ def test_scan_takes_jvp_and_hessian_products(params, config):
     tangent = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), params)
     product = jax.jit(lambda p, t: jax.jvp(jax.grad(loss), (p,), (t,))[1])(params, tangent)
     step, grad = 1e-5, jax.jit(jax.grad(loss))
-    ahead, behind = (grad(jax.tree.map(lambda x, t: x + s * t, params, tangent)) for s in (step, -step))
+    ahead, behind = (grad(jax.tree.map(lambda x, t, s=s: x + s * t, params, tangent)) for s in (step, -step))
     norm = np.sqrt(sum(float(jnp.sum(x**2)) for x in jax.tree.leaves(product)))
     for a, b, p in zip(*map(jax.tree.leaves, (ahead, behind, product)), strict=True):
         assert np.linalg.norm((a - b) / (2 * step) - p) <= 1e-6 * norm
@@ -233,9 +237,13 @@ def test_layers_compose_into_the_model(params, config, backend):
 
     model, tokens = module_of(config), draw(config, 2, 9)
     x, states = layer_norm(params.ln0, params.emb[tokens]), []
+    depth = model.init_depth(config, x)
+    depth = model.init_depth(config, x)
     for layer in range(config.num_layers):
-        own = jax.tree.map(lambda leaf, layer=layer: leaf[layer], (params.blocks, rwkv_jax.init_state(config, 2, jnp.float64)))
-        x, state = model.block(own[0], config, x, own[1], backend=backend)
+        own = jax.tree.map(
+            lambda leaf, layer=layer: leaf[layer], (params.blocks, rwkv_jax.init_state(config, 2, jnp.float64))
+        )
+        (x, depth), state = model.block(own[0], config, (x, depth), own[1], backend=backend)
         states.append(state)
     logits, final = rwkv_jax.forward(params, config, tokens, backend=backend)
     close(layer_norm(params.ln_out, x) @ params.head, logits)

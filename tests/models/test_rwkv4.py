@@ -60,7 +60,11 @@ def load_reference(shared, name, dtype):
 
 
 def reference_file(name):
-    return f"synthetic-rwkv-{name.removeprefix('synthetic-')}.safetensors" if "synthetic" in name else f"tiny-rwkv-{name}.safetensors"
+    return (
+        f"synthetic-rwkv-{name.removeprefix('synthetic-')}.safetensors"
+        if "synthetic" in name
+        else f"tiny-rwkv-{name}.safetensors"
+    )
 
 
 @pytest.mark.parametrize("how", ["whole", "cut", "token_by_token"])
@@ -127,7 +131,9 @@ def test_directional_derivatives_through_both_ends_of_the_state(backend, shared,
     value, (grads, gstate) = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(params, initial)
     np.testing.assert_allclose(value, expected["loss"], rtol=1e-12)
     official = p.to_official(grads, rwkv4.declare(config), config.num_layers)
-    actual = {f"d.params.{k}": v for k, v in official.items()} | {f"d.state.{k}": v for k, v in gstate._asdict().items()}
+    actual = {f"d.params.{k}": v for k, v in official.items()} | {
+        f"d.state.{k}": v for k, v in gstate._asdict().items()
+    }
     assert actual.keys() == {key for key in expected.files if key.startswith("d.")}
     for key, grad in actual.items():
         np.testing.assert_allclose(jnp.sum(wave(grad) * grad), expected[key], rtol=1e-5, err_msg=key)
@@ -143,7 +149,10 @@ def test_extreme_decays_and_keys_stay_finite(time_decay, backend):
     config = rwkv_jax.RWKV4Config(vocab_size=11, num_layers=1, embed_dim=8)
     params = jax.tree.map(lambda x: x + 0.1, rwkv_jax.init(jax.random.key(0), config))
     att = params.blocks.att
-    att = att._replace(time_decay=jnp.full_like(att.time_decay, time_decay), key=40 * jax.random.normal(jax.random.key(1), att.key.shape))
+    att = att._replace(
+        time_decay=jnp.full_like(att.time_decay, time_decay),
+        key=40 * jax.random.normal(jax.random.key(1), att.key.shape),
+    )
     params = params._replace(blocks=params.blocks._replace(att=att))
     tokens = jax.random.randint(jax.random.key(2), (2, 300), 0, 11)
     loss = lambda p: mean_cost(rwkv_jax.forward(p, config, tokens, backend=backend)[0], tokens)  # noqa: E731

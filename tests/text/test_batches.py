@@ -75,7 +75,9 @@ def test_a_walk_predicts_every_token_once_from_the_one_before(stream, rows, cont
         assert not (~batch.valid[:, :-1] & batch.valid[:, 1:]).any()  # padding only at the end
         targets += batch.targets[batch.valid].tolist()
         inputs = batch.inputs[batch.valid]
-        np.testing.assert_array_equal(inputs, np.where(batch.targets[batch.valid] == 0, 202, batch.targets[batch.valid] - 1))
+        np.testing.assert_array_equal(
+            inputs, np.where(batch.targets[batch.valid] == 0, 202, batch.targets[batch.valid] - 1)
+        )
     assert sorted(targets) == list(range(203))
 
 

@@ -66,7 +66,11 @@ def test_jsonl_texts_are_read_and_bad_lines_named(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"body": "one"}\n\n{"body": "two"}\n')
     assert [d.text for d in json_lines(str(path), "body").documents()] == ["one", "two"]
-    for line, message in [('{"text": 1}', "no text under data.text_key='body'; the line has text"), ("{", "not JSON"), ("[]", "has list")]:
+    for line, message in [
+        ('{"text": 1}', "no text under data.text_key='body'; the line has text"),
+        ("{", "not JSON"),
+        ("[]", "has list"),
+    ]:
         path.write_text('{"body": "one"}\n' + line)
         with pytest.raises(ValueError, match=rf"a.jsonl:2: .*{message}"):
             list(json_lines(str(path), "body").documents())
@@ -82,7 +86,9 @@ def test_documents_are_separated_and_counted(folder, tmp_path):
 
 def test_the_cache_is_used_again_and_made_anew_when_a_file_changes(folder, tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(ByteTokenizer, "encode", lambda self, text: calls.append(1) or np.frombuffer(text, np.uint8).astype(np.int32))
+    monkeypatch.setattr(
+        ByteTokenizer, "encode", lambda self, text: calls.append(1) or np.frombuffer(text, np.uint8).astype(np.int32)
+    )
     make = lambda: tokenise(text_files(str(folder)), ByteTokenizer(), tmp_path / "cache")  # noqa: E731
     make(), make()
     assert len(calls) == 20
@@ -116,14 +122,17 @@ def test_binidx_round_trips(tmp_path):
 def test_binidx_layout_is_megatrons(tmp_path):
     write_binidx(tmp_path / "a", [np.array([7, 8]), np.array([9])])
     expected = b"MMIDIDX\0\0" + b"\1\0\0\0\0\0\0\0" + b"\x08" + b"\2\0\0\0\0\0\0\0" + b"\3\0\0\0\0\0\0\0"
-    expected += np.array([2, 1], "<i4").tobytes() + np.array([0, 4], "<i8").tobytes() + np.array([0, 1, 2], "<i8").tobytes()
+    expected += (
+        np.array([2, 1], "<i4").tobytes() + np.array([0, 4], "<i8").tobytes() + np.array([0, 1, 2], "<i8").tobytes()
+    )
     assert (tmp_path / "a.idx").read_bytes() == expected
     assert (tmp_path / "a.bin").read_bytes() == np.array([7, 8, 9], "<u2").tobytes()
 
 
 @pytest.mark.parametrize(
     ("suffix", "change", "message"),
-    [(".bin", lambda b: b[:-1], "truncated"), (".idx", lambda b: b[:-1], "truncated"), (".idx", lambda b: b"X" + b[1:], "Megatron index"),
+    [(".bin", lambda b: b[:-1], "truncated"), (".idx", lambda b: b[:-1], "truncated"),
+     (".idx", lambda b: b"X" + b[1:], "Megatron index"),
      (".idx", lambda b: b[:9] + b"\2" + b[10:], "version 2"), (".idx", lambda b: b[:17] + b"\6" + b[18:], "dtype code 6"),
      (".idx", lambda b: b[:42] + b"\4" + b[43:], "do not follow"), (".idx", lambda b: b[:20], "Megatron index")],
 )  # fmt: skip
@@ -160,7 +169,9 @@ def test_tokens_outside_the_vocabulary_are_found_in_any_block(monkeypatch):
 
 def test_both_paths_of_text_are_kept_apart(folder, tmp_path):
     (tmp_path / "other.txt").write_text("held out")
-    config = DataConfig(source="text", path=str(folder), validation_path=str(tmp_path / "other.txt"), cache_dir=str(tmp_path / "c"))
+    config = DataConfig(
+        source="text", path=str(folder), validation_path=str(tmp_path / "other.txt"), cache_dir=str(tmp_path / "c")
+    )
     streams = load_streams(config)
     assert len(streams.train.document_starts) == 20
     assert streams.validation_bytes() == b"held out" == streams.validation.tokens[:-1].tobytes()
@@ -190,7 +201,9 @@ print(builder.data_dir)
 @pytest.mark.slow
 def test_tfds_is_read_without_tensorflow(tmp_path):
     (tmp_path / "tiny.py").write_text(TFDS_PROGRAM)
-    made = subprocess.run([sys.executable, tmp_path / "tiny.py", str(tmp_path)], capture_output=True, text=True, timeout=300)
+    made = subprocess.run(
+        [sys.executable, tmp_path / "tiny.py", str(tmp_path)], capture_output=True, text=True, timeout=300
+    )
     assert made.returncode == 0, made.stderr
     name = os.path.relpath(made.stdout.splitlines()[-1], tmp_path)
     program = f"""

@@ -60,18 +60,12 @@ def wkv4(
     batch_size, num_tokens, embed_dim = k.shape
     floats = (k, v, w, u, *(state or ()))
     dtype = jnp.float64 if any(x.dtype == jnp.float64 for x in floats) else jnp.float32
-    if state is None:
-        state = init_wkv4_state(batch_size, embed_dim, dtype)
-    if reset is None:
-        reset = jnp.zeros((batch_size, num_tokens), bool)
-    if length is None:
-        length = jnp.full((batch_size,), num_tokens, jnp.int32)
-    else:  # Padding may hold anything, and 0 * inf would reach gradients.
+    state = init_wkv4_state(batch_size, embed_dim, dtype) if state is None else state
+    if length is not None:  # Padding may hold anything, and 0 * inf would reach gradients.
         valid = jnp.arange(num_tokens)[:, None] < length[:, None, None]
         k, v = jnp.where(valid, k, 0), jnp.where(valid, v, 0)
     run = dispatch.choose("wkv4", BACKENDS, backend, jax.default_backend()).run
-    k_, v_, w, u, state = jax.tree.map(lambda x: x.astype(dtype), (k, v, w, u, state))
-    y, state = run(k_, v_, w, u, state, reset, length)
+    y, state = run(*jax.tree.map(lambda x: x.astype(dtype), (k, v, w, u, state)), reset, length)
     return y.astype(v.dtype), state
 
 
@@ -94,17 +88,13 @@ def _check(k, v, w, u, state, reset, length):
         expected["length"] = (length, (batch_size,))
     for name, (x, shape) in expected.items():
         if x.shape != shape:
-            raise ValueError(
-                f"wkv4: {name} has shape {x.shape}; with k of shape {k.shape} it must be {shape}"
-            )
+            raise ValueError(f"wkv4: {name} has shape {x.shape}; with k of shape {k.shape} it must be {shape}")
     for name, x in {"k": k, "v": v, "w": w, "u": u}.items():
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"wkv4: {name} is {x.dtype}; it must be a floating dtype")
     if k.dtype != v.dtype:
         raise ValueError(f"wkv4: k is {k.dtype} and v is {v.dtype}; cast one so that they agree")
     if reset is not None and reset.dtype != jnp.bool_:
-        raise ValueError(
-            f"wkv4: reset is {reset.dtype}; it must be bool, True where a token starts a sequence"
-        )
+        raise ValueError(f"wkv4: reset is {reset.dtype}; it must be bool, True where a token starts a sequence")
     if length is not None and not jnp.issubdtype(length.dtype, jnp.integer):
         raise ValueError(f"wkv4: length is {length.dtype}; it must be an integer count of tokens")

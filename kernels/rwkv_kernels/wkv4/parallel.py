@@ -51,12 +51,12 @@ class _Asks(NamedTuple):
 
 
 class _Chunks(NamedTuple):
-    """Inputs cut into chunks: k, v [B, N, C, D]; reset, valid [B, N, C, 1]."""
+    """Inputs cut into chunks: k, v [B, N, C, D]; reset, valid [B, N, C, 1], None where no token is reset or all are valid."""
 
     k: Array
     v: Array
-    reset: Array
-    valid: Array
+    reset: Array | None
+    valid: Array | None
 
 
 def parallel(
@@ -65,8 +65,8 @@ def parallel(
     w: Float[Array, "D"],
     u: Float[Array, "D"],
     state: WKV4State,
-    reset: Bool[Array, "B T"],
-    length: Int[Array, "B"],
+    reset: Bool[Array, "B T"] | None,
+    length: Int[Array, "B"] | None,
 ) -> tuple[Float[Array, "B T D"], WKV4State]:
     """Computes WKV in parallel over time; arguments and result as in `wkv4`, in the state's dtype.
 
@@ -131,11 +131,11 @@ def _forward(k, v, w, u, state, reset, length):
 
 def _advance(state: WKV4State, k, v, w, reset, valid) -> WKV4State:
     """The state after one more token, with a single exponential: one of the two weights is always 1."""
-    decayed = jnp.where(reset, EMPTY, state.pp + w)
+    decayed = _forget(reset, state.pp + w)
     e = jnp.exp(-jnp.abs(decayed - k))
     keep, add = jnp.where(decayed > k, 1.0, e), jnp.where(decayed > k, e, 1.0)
     new = WKV4State(keep * state.aa + add * v, keep * state.bb + add, jnp.maximum(decayed, k))
-    return jax.tree.map(lambda new, old: jnp.where(valid, new, old), new, state)
+    return _where(valid, new, state)
 
 
 def _retreat(demand: _Demand, asks: _Asks, w, reset, valid) -> tuple[_Demand, Array]:
@@ -148,9 +148,10 @@ def _retreat(demand: _Demand, asks: _Asks, w, reset, valid) -> tuple[_Demand, Ar
         keep * demand.b + add * (asks.g * asks.y),
         jnp.maximum(decayed, -asks.scale),
     )
-    # A token that starts a sequence needs nothing from what came before it.
-    new = jax.tree.map(lambda x, empty: jnp.where(reset, empty, x), new, _Demand(0.0, 0.0, EMPTY))
-    return jax.tree.map(lambda new, old: jnp.where(valid, new, old), new, demand), jnp.where(reset, 0.0, keep)
+    if reset is not None:  # A token that starts a sequence needs nothing from what came before it.
+        new = _Demand(*(jnp.where(reset, empty, x) for x, empty in zip(new, (0.0, 0.0, EMPTY), strict=True)))
+        keep = jnp.where(reset, 0.0, keep)
+    return _where(valid, new, demand), keep
 
 
 def _states_at_entries(inputs: _Chunks, w, state: WKV4State) -> tuple[WKV4State, WKV4State]:
@@ -158,7 +159,8 @@ def _states_at_entries(inputs: _Chunks, w, state: WKV4State) -> tuple[WKV4State,
     empty = _empty(batch, num_chunks, width, inputs.k.dtype)
 
     def body(i, carry):
-        return _advance(carry, *_at(inputs, i)[:2], w, *_at(inputs, i)[2:])
+        k, v, reset, valid = _at(inputs, i)
+        return _advance(carry, k, v, w, reset, valid)
 
     added = lax.fori_loop(0, chunk, body, WKV4State(*empty))
     return _compose(added, _log_decay(inputs, w), state)
@@ -185,14 +187,14 @@ def _walk_outputs(inputs: _Chunks, w, u, entries: WKV4State) -> tuple[Array, Arr
     def body(i, carry):
         state, y, denominators, scales = carry
         k, v, reset, valid = _at(inputs, i)
-        pp = jnp.where(reset, EMPTY, state.pp)
+        pp = _forget(reset, state.pp)
         e = jnp.exp(-jnp.abs(pp - (u + k)))
         past, now = jnp.where(pp > u + k, 1.0, e), jnp.where(pp > u + k, e, 1.0)
         denominator = past * state.bb + now
         y_i = (past * state.aa + now * v) / denominator
         return (
             _advance(state, k, v, w, reset, valid),
-            _put(y, jnp.where(valid, y_i, 0), i),
+            _put(y, _where(valid, y_i, 0.0), i),
             _put(denominators, denominator, i),
             _put(scales, jnp.maximum(pp, u + k), i),
         )
@@ -214,18 +216,16 @@ def _walk_back(inputs: _Chunks, w, u, asks: _Asks, exits: _Demand, entries: WKV4
         past = jnp.exp(k + demand.q)
         now = jnp.exp(u + k - own.scale) * own.g
         gu_j = now * (v - own.y)
-        gk = _put(gk, jnp.where(valid, past * (v * demand.a - demand.b) + gu_j, 0), j)
-        gv = _put(gv, jnp.where(valid, past * demand.a + now, 0), j)
-        gu = gu + jnp.where(valid, gu_j, 0)
-        gw = gw + jnp.where(valid, past * (v * da - db), 0)
+        gk = _put(gk, _where(valid, past * (v * demand.a - demand.b) + gu_j, 0.0), j)
+        gv = _put(gv, _where(valid, past * demand.a + now, 0.0), j)
+        gu = gu + _where(valid, gu_j, 0.0)
+        gw = gw + _where(valid, past * (v * da - db), 0.0)
         earlier, keep = _retreat(demand, own, w, reset, valid)
-        da = jnp.where(valid, keep * (da + demand.a), da)
-        db = jnp.where(valid, keep * (db + demand.b), db)
+        da = _where(valid, keep * (da + demand.a), da)
+        db = _where(valid, keep * (db + demand.b), db)
         return earlier, da, db, gk, gv, gw, gu
 
-    demand, da, db, gk, gv, gw, gu = lax.fori_loop(
-        0, chunk, body, (exits, zero, zero, zeros, zeros, zero, zero)
-    )
+    demand, da, db, gk, gv, gw, gu = lax.fori_loop(0, chunk, body, (exits, zero, zero, zeros, zeros, zero, zero))
     gw = gw + jnp.exp(entries.pp + demand.q) * (entries.aa * da - entries.bb * db)
     return gk, gv, gw.sum((0, 1)), gu.sum((0, 1))
 
@@ -237,8 +237,9 @@ def _final_state_gradients(k, v, w, state: WKV4State, reset, length, final: WKV4
     e^{e_i - pp} (v_i, 1). So the token that attains the maximum also gets all that flows through pp, and gw counts decays from
     that token's: the terms that depend on no decay cancel before they are formed.
     """
-    num_tokens = k.shape[1]
-    valid = jnp.arange(num_tokens) < length[:, None]
+    batch, num_tokens, _ = k.shape
+    valid = jnp.arange(num_tokens) < (jnp.full(batch, num_tokens) if length is None else length)[:, None]
+    reset = jnp.zeros_like(valid) if reset is None else reset
     forgotten = _count_after(reset & valid) > 0
     decays = _count_after(valid).astype(k.dtype)[..., None]
     exponents = jnp.concatenate([state.pp[:, None], k], 1) + w * decays
@@ -284,8 +285,12 @@ def _compose(added: Any, log_decay: Array, start: Any) -> tuple[Any, Any]:
 
 def _log_decay(inputs: _Chunks, w) -> Float[Array, "B N D"]:
     """By how much a whole chunk decays what came before it."""
-    decays = inputs.valid.sum(2).astype(w.dtype) * w
-    return jnp.where((inputs.reset & inputs.valid).any(2), EMPTY, decays)
+    batch, num_chunks, chunk, width = inputs.k.shape
+    decays = chunk * w if inputs.valid is None else inputs.valid.sum(2).astype(w.dtype) * w
+    if inputs.reset is not None:
+        reset = inputs.reset if inputs.valid is None else inputs.reset & inputs.valid
+        decays = jnp.where(reset.any(2), EMPTY, decays)
+    return jnp.broadcast_to(decays, (batch, num_chunks, width))
 
 
 def _empty(batch, num_chunks, width, dtype):
@@ -293,15 +298,27 @@ def _empty(batch, num_chunks, width, dtype):
     return zero, zero, jnp.full_like(zero, EMPTY)
 
 
+def _forget(reset, pp):
+    return pp if reset is None else jnp.where(reset, EMPTY, pp)
+
+
+def _where(valid, new: Any, old: Any) -> Any:
+    return new if valid is None else jax.tree.map(lambda x, y: jnp.where(valid, x, y), new, old)
+
+
 def _dense(cotangent, like):
     return jnp.zeros_like(like) if isinstance(cotangent, SymbolicZero) else cotangent
 
 
 def _cut(k, v, reset, length) -> _Chunks:
-    num_tokens = k.shape[1]
-    valid = jnp.arange(num_tokens) < length[:, None]
+    batch, num_tokens, _ = k.shape
     split = partial(_split, chunk=chunk_length(num_tokens))
-    return _Chunks(split(k), split(v), split(reset[..., None]), split(valid[..., None]))
+    if length is not None:
+        valid = jnp.arange(num_tokens) < length[:, None]
+    else:  # Only the padding of the last chunk is not.
+        valid = None if num_tokens % chunk_length(num_tokens) == 0 else jnp.ones((batch, num_tokens), bool)
+    reset, valid = (None if mask is None else split(mask[..., None]) for mask in (reset, valid))
+    return _Chunks(split(k), split(v), reset, valid)
 
 
 def _split(x: Array, chunk: int) -> Array:

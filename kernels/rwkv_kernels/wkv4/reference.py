@@ -29,8 +29,8 @@ def scan(
     w: Float[Array, "D"],
     u: Float[Array, "D"],
     state: WKV4State,
-    reset: Bool[Array, "B T"],
-    length: Int[Array, "B"],
+    reset: Bool[Array, "B T"] | None,
+    length: Int[Array, "B"] | None,
 ) -> tuple[Float[Array, "B T D"], WKV4State]:
     """Computes WKV by one `lax.scan` over time; arguments and result as in `wkv4`, in the state's dtype."""
 
@@ -48,7 +48,10 @@ def scan(
         new = WKV4State(e1 * aa + e2 * v, e1 * bb + e2, q)
         return jax.tree.map(lambda new, old: jnp.where(valid, new, old), new, carry), jnp.where(valid, y, 0)
 
-    valid = jnp.arange(k.shape[1]) < length[:, None]
+    batch, num_tokens, _ = k.shape
+    reset = jnp.zeros((batch, num_tokens), bool) if reset is None else reset
+    length = jnp.full((batch,), num_tokens) if length is None else length
+    valid = jnp.arange(num_tokens) < length[:, None]
     time_first = (k.swapaxes(0, 1), v.swapaxes(0, 1), reset.T[..., None], valid.T[..., None])
     state, y = jax.lax.scan(step, state, time_first)
     return y.swapaxes(0, 1), state
