@@ -290,7 +290,12 @@ def described(kind):
     """The string under each field of a dataclass, read off its source."""
     (tree,) = ast.parse(inspect.getsource(kind)).body
     assert isinstance(tree, ast.ClassDef)
-    texts = {name: text for base in kind.__bases__ if dataclasses.is_dataclass(base) for name, text in described(base).items()}
+    texts = {
+        name: text
+        for base in kind.__bases__
+        if dataclasses.is_dataclass(base)
+        for name, text in described(base).items()
+    }
     for field, text in pairwise(tree.body):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
             texts[field.target.id] = ast.literal_eval(text.value)

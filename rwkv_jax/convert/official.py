@@ -1,6 +1,5 @@
 """Checkpoints under BlinkDL's official key names, as .safetensors."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from .. import params as p
-from ..models import Config, module_of
-from ..models.rwkv4 import RWKV4Config
+from ..models import Config, config_of, module_of
 
 
 def load_safetensors(path: str | Path, dtype: Any = None) -> tuple[Any, Config]:
@@ -32,7 +30,7 @@ def load_safetensors(path: str | Path, dtype: Any = None) -> tuple[Any, Config]:
     try:
         with safe_open(path, framework="numpy") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-            config = config_of_official(shapes, str(path))
+            config = _config(shapes, path)
             declaration = module_of(config).declare(config)
             problems = p.official_problems(shapes, declaration, config.num_layers)
             if problems:
@@ -55,25 +53,8 @@ def save_safetensors(path: str | Path, params: Any, config: Config) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def config_of_official(shapes: Mapping[str, tuple[int, ...]], origin: str) -> Config:
-    """Returns the config that the shapes of official tensors imply.
-
-    Raises:
-        ValueError: The keys are not RWKV-4's.
-    """
-    needed = ("emb.weight", "blocks.0.ffn.key.weight", "blocks.0.att.time_first")
-    missing = [key for key in needed if key not in shapes]
-    if missing:
-        some = ", ".join(list(shapes)[:4])
-        raise ValueError(
-            f"{origin}: not an RWKV-4 under the official names: {', '.join(missing)} missing (it has {some}, ...)"
-        )
-    layers = [int(match[1]) for key in shapes if (match := re.match(r"blocks\.(\d+)\.", key))]
-    if len(shapes["emb.weight"]) != 2 or len(shapes["blocks.0.ffn.key.weight"]) != 2:
-        raise ValueError(f"{origin}: emb.weight and blocks.0.ffn.key.weight must be matrices")
-    vocab_size, embed_dim = shapes["emb.weight"]
-    hidden_dim = shapes["blocks.0.ffn.key.weight"][0]
-    return RWKV4Config(
-        vocab_size=vocab_size, num_layers=max(layers) + 1, embed_dim=embed_dim,
-        ffn_dim=None if hidden_dim == 4 * embed_dim else hidden_dim,
-    )  # fmt: skip
+def _config(shapes: Mapping[str, tuple[int, ...]], path: Path) -> Config:
+    try:
+        return config_of(shapes)
+    except ValueError as error:
+        raise ValueError(f"{path}: not a checkpoint of RWKV under the official names: {error}") from None

@@ -1,21 +1,41 @@
 """The models: siblings behind one interface.
 
-Each module has its config (a frozen dataclass named in `ARCHITECTURES`), `declare(config)`, `init_state(config, batch_size,
-dtype)`, `init_depth(config, x)` and `block(params, config, (x, depth), state, reset=, length=, backend=) -> ((x, depth), state)`, and
-Params with emb, ln0, blocks, ln_out, head. The state goes along time, the depth along layers. A new version is a new file and a line
-in each of the two tables below.
+Each module has its config (a frozen dataclass, named in `ARCHITECTURES`), Params with emb, ln0, blocks, ln_out and head, and
+    declare(config)                                 every parameter, once
+    recognises(shapes), config_of(shapes)           for official checkpoints
+    init_state(config, batch_size, dtype)           the zero state: what goes along time
+    init_depth(config, x)                           what goes along layers beside the residual
+    block(params, config, (x, depth), state, reset=, length=, backend=) -> ((x, depth), state)
+A new version is a new file and a line in each of the two tables below.
 """
 
 from types import ModuleType
 
 from . import rwkv4
 from .base import ModelConfig as Config
+from .base import Shapes
 from .rwkv4 import RWKV4Config
 
 ARCHITECTURES: dict[str, type[Config]] = {"rwkv4": RWKV4Config}
 """Config class by the name in its `architecture` field."""
 
 _MODULES: dict[type[Config], ModuleType] = {RWKV4Config: rwkv4}
+
+
+def config_of(shapes: Shapes) -> Config:
+    """Returns the config that the shapes of an official checkpoint's tensors imply, the version included.
+
+    Raises:
+        ValueError: The keys are no version's, or those of more than one.
+    """
+    found = [module for module in _MODULES.values() if module.recognises(shapes)]
+    if len(found) != 1:
+        names = ", ".join(module.__name__.rpartition(".")[2] for module in found) or "none"
+        some = ", ".join(list(shapes)[:4])
+        raise ValueError(
+            f"the tensors are those of {names} of the versions known here ({', '.join(ARCHITECTURES)}); there are {some}, ..."
+        )
+    return found[0].config_of(shapes)
 
 
 def module_of(config: Config) -> ModuleType:

@@ -1,7 +1,15 @@
 """What the configs of all versions share."""
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Shapes of an official checkpoint's tensors, by key."""
+
+TOKENIZERS = {256: "bytes", 50277: "20b", 50304: "20b", 65536: "world"}
+"""Tokenizer by the vocabulary sizes of released models."""
 
 
 @dataclass(frozen=True)
@@ -35,3 +43,24 @@ class ModelConfig:
                 raise ValueError(f"model.{name} is {value}; it must be at least 1")
         if self.embed_init <= 0:
             raise ValueError(f"model.embed_init is {self.embed_init}; it must be positive")
+
+
+def common_fields(shapes: Shapes, ffn_multiple: int) -> dict[str, Any]:
+    """Returns the fields of a config that every version's official checkpoint shows alike.
+
+    Raises:
+        ValueError: emb.weight or the channel mix's key is missing or not a matrix.
+    """
+    for key in ("emb.weight", "blocks.0.ffn.key.weight"):
+        if len(shapes.get(key, ())) != 2:
+            raise ValueError(f"{key} is {shapes.get(key, 'missing')}; it must be a matrix")
+    vocab_size, embed_dim = shapes["emb.weight"]
+    ffn_dim = shapes["blocks.0.ffn.key.weight"][0]
+    layers = [int(match[1]) for key in shapes if (match := re.match(r"blocks\.(\d+)\.", key))]
+    return {
+        "vocab_size": vocab_size,
+        "num_layers": max(layers) + 1,
+        "embed_dim": embed_dim,
+        "ffn_dim": None if ffn_dim == ffn_multiple * embed_dim else ffn_dim,
+        "tokenizer": TOKENIZERS.get(vocab_size),
+    }

@@ -21,7 +21,7 @@ from .. import params as p
 from ..nn.layer_norm import LayerNorm, declare_layer_norm, layer_norm
 from ..nn.linear import linear
 from ..nn.token_shift import token_shift
-from .base import ModelConfig
+from .base import ModelConfig, Shapes, common_fields
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,16 @@ class State(NamedTuple):
     aa: Array
     bb: Array
     pp: Array
+
+
+def recognises(shapes: Shapes) -> bool:
+    """Returns whether an official checkpoint's keys are this version's."""
+    return "blocks.0.att.time_first" in shapes and "blocks.0.att.ln_x.weight" not in shapes
+
+
+def config_of(shapes: Shapes) -> RWKV4Config:
+    """Returns the config that an official checkpoint's shapes imply."""
+    return RWKV4Config(**common_fields(shapes, ffn_multiple=4))
 
 
 def declare(config: RWKV4Config) -> Params:

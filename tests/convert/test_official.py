@@ -137,26 +137,18 @@ def test_something_else_than_safetensors_is_refused(tmp_path):
         load_any(path)
 
 
-@pytest.mark.parametrize(
-    ("names", "hint"),
-    [
-        (("model.embed_tokens.weight", "lm_head.weight"), "emb.weight, blocks.0.ffn.key.weight"),
-        (("emb.weight", "blocks.0.ffn.key.weight", "blocks.0.att.r_k"), "blocks.0.att.time_first missing"),
-    ],
-    ids=["a_transformer", "rwkv7"],
-)
-def test_another_architecture_is_refused_with_the_names_it_lacks_and_has(tmp_path, names, hint):
-    path = tmp_path / "other.safetensors"
+def test_another_architecture_is_refused_with_the_names_it_has(tmp_path):
+    path, names = tmp_path / "other.safetensors", ("model.embed_tokens.weight", "lm_head.weight")
     safetensors.numpy.save_file({name: np.zeros((4, 4), np.float32) for name in names}, path)
-    with pytest.raises(ValueError, match="not an RWKV-4 under the official names") as error:
+    with pytest.raises(ValueError, match="not a checkpoint of RWKV under the official names") as error:
         load_safetensors(path)
-    assert hint in str(error.value)
+    assert "rwkv4" in str(error.value)
     assert names[0] in str(error.value)
 
 
 def test_official_names_on_foreign_shapes_are_refused(checkpoint):
     rewrite(checkpoint, lambda tensors: tensors.update({"emb.weight": np.zeros(4, np.float32)}))
-    with pytest.raises(ValueError, match=r"emb\.weight and blocks\.0\.ffn\.key\.weight must be matrices"):
+    with pytest.raises(ValueError, match=r"emb\.weight is \(4,\); it must be a matrix"):
         load_safetensors(checkpoint)
 
 

@@ -1,15 +1,12 @@
-"""A small model of each version with every term active."""
+"""The small model of each version, in float64, with each backend."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_models import SMALL
 
 import rwkv_jax
-from rwkv_jax.models import ARCHITECTURES
-
-SMALL = {"rwkv4": rwkv_jax.RWKV4Config(vocab_size=29, num_layers=2, embed_dim=12, ffn_dim=20)}
-assert SMALL.keys() == ARCHITECTURES.keys()
 
 
 @pytest.fixture(params=SMALL)

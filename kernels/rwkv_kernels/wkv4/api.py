@@ -65,8 +65,8 @@ def wkv4(
         valid = jnp.arange(num_tokens)[:, None] < length[:, None, None]
         k, v = jnp.where(valid, k, 0), jnp.where(valid, v, 0)
     run = dispatch.choose("wkv4", BACKENDS, backend, jax.default_backend()).run
-    y, state = run(*jax.tree.map(lambda x: x.astype(dtype), (k, v, w, u, state)), reset, length)
-    return y.astype(v.dtype), state
+    y, new = run(*jax.tree.map(lambda x: x.astype(dtype), (k, v, w, u, state)), reset, length)
+    return y.astype(v.dtype), new
 
 
 def explain_wkv4(platform: str | None = None) -> str:

@@ -1,0 +1,8 @@
+"""A small config of each architecture with every term active, which the identities and the oracles are run on."""
+
+import rwkv_jax
+from rwkv_jax.models import ARCHITECTURES
+
+SMALL = {"rwkv4": rwkv_jax.RWKV4Config(vocab_size=29, num_layers=2, embed_dim=12, ffn_dim=20)}
+"""By a name of its own; an architecture may stand here more than once."""
+assert {config.architecture for config in SMALL.values()} == ARCHITECTURES.keys()
