@@ -57,7 +57,7 @@ def run(settings: config.Settings) -> None:
         documents=data.documents,
     )  # fmt: skip
     checkpoints = checkpoint.Checkpoints(folder, run.keep_last, run.keep_best)
-    if (restored := checkpoints.restore(state)) is not None:
+    if (restored := checkpoints.restore(state, settings)) is not None:
         state = restored.train_state
         batches.set_state(restored.data_state)
     first_step = int(state.step)

@@ -72,18 +72,26 @@ class Checkpoints:
         self._manager.wait_until_finished()
         return self._manager.latest_step()
 
-    def restore(self, like: TrainState) -> Restored | None:
+    def restore(self, like: TrainState, settings: Settings) -> Restored | None:
         """Returns the newest checkpoint, or None where there is none.
 
         Args:
             like: Any state of the run, or its shapes.
+            settings: The run's.
 
         Raises:
-            ValueError: The checkpoint is damaged or was made by another model.
+            ValueError: The checkpoint is damaged or was made with other settings, which are listed.
         """
         step = self.latest_step()
         if step is None:
             return None
+        saved = _restore(self._manager, step, {"settings": ocp.args.JsonRestore()})["settings"]
+        changed = configs.differences(configs.from_dict(saved, f"{self.folder}/{step}"), settings)
+        if changed:
+            raise ValueError(
+                f"{self.folder}/{step} was made with another config; use another --run.folder, or undo:\n  "
+                + "\n  ".join(changed)
+            )
         params, training = _split(jax.eval_shape(lambda: like))
         items = {
             "params": ocp.args.StandardRestore(params),

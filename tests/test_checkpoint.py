@@ -55,7 +55,7 @@ def saved(states, tmp_path):
 
 def test_the_newest_comes_back_whole_and_the_best_is_kept(saved, states):
     checkpoints = checkpoint.Checkpoints(saved, keep_last=1, keep_best=1)
-    restored = checkpoints.restore(states[0])
+    restored = checkpoints.restore(states[0], SETTINGS)
     assert restored is not None
     equal(restored.train_state, states[2])
     assert restored.data_state == {"next": 3}
@@ -75,7 +75,7 @@ def test_saving_is_not_disturbed_by_donating_the_state_at_once(states, tmp_path)
 @pytest.mark.parametrize("inside", ["", "checkpoints", "checkpoints/3"])
 def test_load_takes_a_run_its_checkpoints_or_one_step(saved, states, inside):
     params, model = rwkv_jax.load(saved / inside)
-    assert model == MODEL
+    assert model == dataclasses.replace(MODEL, tokenizer="bytes")
     equal(params, states[2].params)
     assert checkpoint.load_checkpoint(saved / inside)[2] == SETTINGS
 
@@ -102,7 +102,7 @@ def test_a_damaged_checkpoint_is_refused_and_named(saved, states):
         rwkv_jax.load(saved)
     checkpoints = checkpoint.Checkpoints(saved, keep_last=1, keep_best=1)
     with pytest.raises(ValueError, match="remove it to use an earlier one"):
-        checkpoints.restore(states[0])
+        checkpoints.restore(states[0], SETTINGS)
     checkpoints.close()
     shutil.rmtree(saved / "checkpoints/3")
     equal(rwkv_jax.load(saved)[0], states[1].params)
@@ -112,8 +112,10 @@ def test_a_checkpoint_of_another_model_is_refused(saved):
     other = dataclasses.replace(MODEL, embed_dim=16)
     optimizer = optim.make_optimizer(SETTINGS.optim, module_of(other).declare(other), 10)
     checkpoints = checkpoint.Checkpoints(saved, keep_last=1, keep_best=1)
-    with pytest.raises(ValueError, match="damaged or not one of ours"):
-        checkpoints.restore(train.init_train_state(jax.random.key(0), other, optimizer))
+    with pytest.raises(ValueError, match=r"checkpoints/3 was made with another config.*\n  model.embed_dim: 8 -> 16"):
+        checkpoints.restore(
+            train.init_train_state(jax.random.key(0), other, optimizer), dataclasses.replace(SETTINGS, model=other)
+        )
     checkpoints.close()
 
 
