@@ -6,7 +6,8 @@ so that a folder with a step's name is a whole checkpoint.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,12 +86,16 @@ class Checkpoints:
         step = self.latest_step()
         if step is None:
             return None
-        saved = _restore(self._manager, step, {"settings": ocp.args.JsonRestore()})["settings"]
-        changed = configs.differences(configs.from_dict(saved, f"{self.folder}/{step}"), settings)
+
+        def restore(**items: Any) -> Any:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+
+        folder = self.folder / str(step)
+        saved = _restore(folder, partial(restore, settings=ocp.args.JsonRestore()))["settings"]
+        changed = configs.differences(configs.from_dict(saved, str(folder)), settings)
         if changed:
             raise ValueError(
-                f"{self.folder}/{step} was made with another config; use another --run.folder, or undo:\n  "
-                + "\n  ".join(changed)
+                f"{folder} was made with another config; use another --run.folder, or undo:\n  " + "\n  ".join(changed)
             )
         params, training = _split(jax.eval_shape(lambda: like))
         items = {
@@ -98,7 +103,7 @@ class Checkpoints:
             "training": ocp.args.StandardRestore(training),
             "data": ocp.args.JsonRestore(),
         }
-        restored = _restore(self._manager, step, items)
+        restored = _restore(folder, partial(restore, **items))
         key = jax.random.wrap_key_data(restored["training"]["key"])
         own = restored["training"]
         return Restored(TrainState(own["step"], restored["params"], own["opt_state"], key), restored["data"])
@@ -130,12 +135,16 @@ def load_checkpoint(path: str | Path, dtype: Any = None) -> tuple[Any, Config, S
         raise FileNotFoundError(
             f"{path}: no whole checkpoint here; give a run's folder, or one of its checkpoints/STEP"
         )
-    folder, step = found
-    with ocp.CheckpointManager(folder.resolve(), options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
-        values = _restore(manager, step, {"settings": ocp.args.JsonRestore()})["settings"]
-        settings = configs.from_dict(values, f"{folder}/{step}")
-        shapes = jax.eval_shape(lambda: init(jax.random.key(0), settings.model))
-        params = _restore(manager, step, {"params": ocp.args.StandardRestore(_on_device(shapes))})["params"]
+    folder = found[0].resolve() / str(found[1])
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+
+        def restore(**items: Any) -> Any:
+            return checkpointer.restore(folder, args=ocp.args.Composite(**items))
+
+        values = _restore(folder, partial(restore, settings=ocp.args.JsonRestore()))["settings"]
+        settings = configs.from_dict(values, str(folder))
+        shapes = _on_device(jax.eval_shape(lambda: init(jax.random.key(0), settings.model)))
+        params = _restore(folder, partial(restore, params=ocp.args.StandardRestore(shapes)))["params"]
     if dtype is not None:
         params = jax.tree.map(lambda x: x.astype(dtype), params)
     return params, dataclasses.replace(settings.model, tokenizer=settings.data.tokenizer), settings
@@ -153,12 +162,12 @@ def _on_device(shapes: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
 
 
-def _restore(manager: ocp.CheckpointManager, step: int, items: Mapping[str, Any]) -> Any:
+def _restore(folder: Path, restore: Callable[[], Any]) -> Any:
     try:
-        return manager.restore(step, args=ocp.args.Composite(**items))
+        return restore()
     except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files; all are named in the chain.
         raise ValueError(
-            f"{manager.directory}/{step}: this checkpoint is damaged or not one of ours; remove it to use an earlier one"
+            f"{folder}: this checkpoint is damaged or not one of ours; remove it to use an earlier one"
         ) from error
 
 
