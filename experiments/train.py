@@ -38,7 +38,8 @@ def main() -> None:
 
 def run(settings: config.Settings) -> None:
     """Trains from the run's newest checkpoint, or from the start, to the end."""
-    folder = run_folder.claim(settings)
+    folder = run_folder.claim(settings, resumes=checkpoint.is_checkpoint(settings.run.folder))
+    run_folder.record(settings)
     print(config.to_toml(settings))
     streams = text.load_streams(settings.data)
     run_folder.check_vocabulary(streams.tokenizer, settings)
@@ -58,8 +59,12 @@ def run(settings: config.Settings) -> None:
     )  # fmt: skip
     checkpoints = checkpoint.Checkpoints(folder, run.keep_last, run.keep_best)
     if (restored := checkpoints.restore(state, settings)) is not None:
+        if restored.data_state["text"] != streams.train.identity:
+            raise ValueError(
+                f"the training text is not the one that the run in {folder} began with; put it back, or use another --run.folder"
+            )
         state = restored.train_state
-        batches.set_state(restored.data_state)
+        batches.set_state(restored.data_state["position"])
     first_step = int(state.step)
     print(
         f"{lm.count_params(model) / 1e6:.2f}M parameters, {len(streams.train.tokens) / 1e6:.2f}M training tokens, "
@@ -67,6 +72,8 @@ def run(settings: config.Settings) -> None:
     )
     if first_step >= run.steps:
         print("This run is finished. Train further or otherwise under another --run.folder.")
+        checkpoints.close()
+        run_log.plot_losses(folder)
         report(state.params, settings, streams)
         return
 
@@ -90,9 +97,15 @@ def run(settings: config.Settings) -> None:
         nonlocal last_time
         loss, grad_norm = float(metrics.loss), float(metrics.grad_norm)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            last = checkpoints.latest_step()
+            good = (
+                "there is no checkpoint yet"
+                if last is None
+                else f"the last good checkpoint is {checkpoints.folder}/{last}"
+            )
             raise FloatingPointError(
-                f"step {step}: loss {loss}, gradient norm {grad_norm}; the last good checkpoint is that of step "
-                f"{checkpoints.latest_step()} in {checkpoints.folder}. Lower optim.lr, or look at the data of this step"
+                f"step {step}: loss {loss}, gradient norm {grad_norm}; {good}. "
+                "Lower optim.lr, or look at the data of this step"
             )
         now = time.perf_counter()
         speed, last_time = tokens_a_step / (now - last_time), now
@@ -101,7 +114,7 @@ def run(settings: config.Settings) -> None:
             "learning_rate": np.asarray(schedule(step - 1)).item(), "tokens_per_second": speed,
         }  # fmt: skip
         if peak:
-            row["model_flop_utilisation"] = 3 * lm.flops_per_token(model) * speed / (peak * jax.device_count())
+            row["model_flop_utilisation"] = 3 * lm.flops_per_token(model) * speed / peak
         log.write(run_log.METRICS, row)
         bar.set_postfix_str(
             f"loss {loss:.3f}, {row['bits_per_byte']:.3f} bits/byte, {speed:.0f} tokens/s", refresh=False
@@ -132,13 +145,15 @@ def run(settings: config.Settings) -> None:
                 pending = None
                 bits = validate(step)
                 if save:
-                    checkpoints.save(state, batches.get_state(), settings, bits)
+                    position = {"text": streams.train.identity, "position": batches.get_state()}
+                    checkpoints.save(state, position, settings, bits)
             if stop.requested and save:
                 bar.close()
                 print(f"stopped by a signal; step {step} is saved, and the same command goes on from there")
                 return
         bar.close()
     finally:
+        stop.release()
         bar.close()
         log.close()
         checkpoints.close()
@@ -152,7 +167,8 @@ def held_out_bits_per_byte(params: Any, settings: config.Settings, streams: text
     batches = text.validation_batches(
         stream, context_length=settings.data.context_length, batch_size=settings.data.batch_size, limit=limit
     )
-    cost = train.evaluate(params, settings.model, batches, settings.run.backend)
+    packed = settings.data.documents == "packed"
+    cost = train.evaluate(params, settings.model, batches, settings.run.backend, packed=packed)
     return cost.nats / cost.num_tokens / math.log(2) * len(stream.tokens) / stream.num_bytes
 
 
@@ -192,12 +208,16 @@ def report(params: Any, settings: config.Settings, streams: text.Streams) -> Non
 
 
 class StopSignal:
-    """Whether SIGTERM or the first Ctrl-C has come; a second Ctrl-C interrupts at once."""
+    """Whether SIGTERM or the first Ctrl-C has come since; a second Ctrl-C interrupts at once."""
 
     def __init__(self):
         self.requested = False
-        signal.signal(signal.SIGTERM, self._request)
-        signal.signal(signal.SIGINT, self._request)
+        self._before = {number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def release(self) -> None:
+        """Gives the signals back to whom they belonged."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _request(self, number: int, frame: Any) -> None:
         del frame

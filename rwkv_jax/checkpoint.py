@@ -6,7 +6,8 @@ so that a folder with a step's name is a whole checkpoint.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,6 +46,10 @@ class Checkpoints:
             policies.append(best)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+            best_fn=lambda metrics: metrics[
+                _METRIC
+            ],  # Without it metrics are not written, and a resumed run forgets the best.
+            best_mode="min",
             enable_async_checkpointing=True,
         )
         self.folder = Path(run_folder).resolve() / FOLDER
@@ -57,7 +62,11 @@ class Checkpoints:
         settings: Settings,
         validation_bits_per_byte: float,
     ) -> None:
-        """Starts writing a checkpoint named by the state's step; returns once the arrays are copied."""
+        """Starts writing a checkpoint named by the state's step; returns once the arrays are copied.
+
+        Raises:
+            OSError: This checkpoint, or the one before, could not be written.
+        """
         params, training = _split(train_state)
         items = {
             "params": ocp.args.StandardSave(params),
@@ -66,11 +75,13 @@ class Checkpoints:
             "settings": ocp.args.JsonSave(configs.to_dict(settings)),
         }
         metrics = {_METRIC: validation_bits_per_byte}
-        self._manager.save(int(train_state.step), args=ocp.args.Composite(**items), metrics=metrics)
+        with self._naming_the_last():
+            self._manager.save(int(train_state.step), args=ocp.args.Composite(**items), metrics=metrics)
 
     def latest_step(self) -> int | None:
         """Returns the step of the newest whole checkpoint, or None; waits for one that is being written."""
-        self._manager.wait_until_finished()
+        with self._naming_the_last():
+            self._manager.wait_until_finished()
         return self._manager.latest_step()
 
     def restore(self, like: TrainState, settings: Settings) -> Restored | None:
@@ -110,8 +121,21 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for what is being written."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        with self._naming_the_last():
+            self._manager.wait_until_finished()
+            self._manager.close()
+
+    @contextmanager
+    def _naming_the_last(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax and TensorStore raise many kinds for what the disk refuses.
+            reason = str(error).partition("\n")[0][:300]
+            last = max((int(path.name) for path in self.folder.glob("*") if path.name.isdigit()), default=None)
+            raise OSError(
+                f"{self.folder}: a checkpoint could not be written ({reason}); the last whole one is "
+                f"{'none' if last is None else f'that of step {last}'}. Make room, and the same command goes on from there"
+            ) from None
 
 
 def is_checkpoint(path: str | Path) -> bool:

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import math
 import sys
 import tomllib
 import types
@@ -46,6 +47,8 @@ class RunConfig:
     """What the sample at the end starts with."""
 
     def __post_init__(self):
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"run.seed is {self.seed}; it must be 0 to 2**31 - 1")
         for name in ("steps", "validate_every", "checkpoint_every", "keep_last"):
             if getattr(self, name) < 1:
                 raise ValueError(f"run.{name} is {getattr(self, name)}; it must be at least 1")
@@ -159,13 +162,13 @@ def to_toml(settings: Settings) -> str:
 
 
 def differences(old: Settings, new: Settings) -> list[str]:
-    """Returns a line for every field that differs."""
+    """Returns a line for every field that differs, but for the folder: a run may be moved."""
     a, b = dataclasses.asdict(old), dataclasses.asdict(new)
     return [
         f"{section}.{key}: {a[section].get(key)!r} -> {b[section].get(key)!r}"
         for section in a
         for key in {**a[section], **b[section]}
-        if a[section].get(key) != b[section].get(key)
+        if a[section].get(key) != b[section].get(key) and (section, key) != ("run", "folder")
     ]
 
 
@@ -263,7 +266,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if get_origin(hint) in (Union, types.UnionType):
         return any(_fits(value, option) for option in get_args(hint))
     if hint is float:
-        return isinstance(value, float | int) and not isinstance(value, bool)
+        return isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value)
     return type(value) is hint
 
 
@@ -275,7 +278,7 @@ def _describe(hint: Any) -> str:
             " or ".join(_describe(option) for option in get_args(hint) if option is not types.NoneType)
             + ", or left out"
         )
-    return {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}[hint]
+    return {int: "a whole number", float: "a finite number", str: "a string", bool: "true or false"}[hint]
 
 
 def _nearest(name: str, valid: Any, prefix: str = "") -> str:

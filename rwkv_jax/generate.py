@@ -63,16 +63,15 @@ def sample(
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / sampling.temperature
-    if sampling.top_k:
-        kth = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][:, -1:]
-        logits = jnp.where(logits < kth, -jnp.inf, logits)
-    if sampling.top_p < 1:
-        ordered = jnp.sort(logits, axis=-1, descending=True)
-        # A token is kept while those before it do not reach top_p.
-        before = jnp.cumsum(jax.nn.softmax(ordered), axis=-1) - jax.nn.softmax(ordered)
-        last = jnp.take_along_axis(ordered, (before < sampling.top_p).sum(-1, keepdims=True) - 1, axis=-1)
-        logits = jnp.where(logits < last, -jnp.inf, logits)
-    return jax.random.categorical(key, logits).astype(jnp.int32)
+    if not sampling.top_k and sampling.top_p == 1:
+        return jax.random.categorical(key, logits).astype(jnp.int32)
+    vocab_size = logits.shape[-1]
+    ordered, tokens = jax.lax.top_k(logits, min(sampling.top_k or vocab_size, vocab_size))
+    probabilities = jax.nn.softmax(ordered)
+    # A token is kept while those before it do not reach top_p.
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    drawn = jax.random.categorical(key, jnp.where(before < sampling.top_p, ordered, -jnp.inf))
+    return jnp.take_along_axis(tokens, drawn[:, None], axis=-1)[:, 0].astype(jnp.int32)
 
 
 def prefill(
@@ -111,7 +110,9 @@ def _prefill_piece(params, config, tokens, length, state):
     return logits[:, 0], state
 
 
-@partial(jax.jit, static_argnames=("config", "sampling", "num_tokens"), donate_argnames=("state", "counts"))
+@partial(
+    jax.jit, static_argnames=("config", "sampling", "num_tokens", "vocab_size"), donate_argnames=("state", "counts")
+)
 def decode(
     params: Any,
     config: Config,
@@ -122,13 +123,18 @@ def decode(
     *,
     sampling: Sampling,
     num_tokens: int,
+    vocab_size: int | None = None,
 ) -> tuple[Int[Array, "B T"], tuple[Any, ...]]:
-    """Returns `num_tokens` drawn tokens a row, and (logits, state, counts, key) to go on from. state and counts are donated."""
+    """Returns `num_tokens` drawn tokens a row, and (logits, state, counts, key) to go on from. state and counts are donated.
+
+    Only ids below `vocab_size` are drawn; a model may have more rows than its tokenizer has ids. None: all.
+    """
 
     def step(carry, _):
         logits, state, counts, key = carry
         key, own_key = jax.random.split(key)
-        tokens = sample(own_key, logits, counts, sampling)
+        known = jnp.arange(logits.shape[-1]) < (vocab_size or logits.shape[-1])
+        tokens = sample(own_key, jnp.where(known, logits, -jnp.inf), counts, sampling)
         counts = counts * sampling.penalty_decay + jax.nn.one_hot(tokens, counts.shape[-1], dtype=counts.dtype)
         logits, state = forward(params, config, tokens[:, None], state)
         return (logits[:, 0], state, counts, key), tokens
@@ -181,6 +187,7 @@ def stream(
             key,
             sampling=sampling or Sampling(),
             num_tokens=TOKENS_A_CALL,
+            vocab_size=tokenizer.vocab_size,
         )
         drawn = np.asarray(tokens[0])[:left]
         left -= len(drawn)

@@ -124,6 +124,8 @@ def unembed(params: Any, x: Float[Array, "B T D"]) -> Float[Array, "B T A"]:
 
 def _check(params, config, tokens, state, reset, length):
     p.check_shapes(params, module_of(config).declare(config), config.num_layers)
+    if not isinstance(tokens, jax.Array | np.ndarray):
+        raise TypeError(f"tokens are {type(tokens).__name__}; they must be an array [B, T], such as jnp.array(tokens)")
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise TypeError(f"tokens are {tokens.dtype}; they must be integer ids, such as int32")
     if tokens.ndim != 2 or 0 in tokens.shape:

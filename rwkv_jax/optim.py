@@ -75,7 +75,7 @@ def learning_rate(config: OptimConfig, num_steps: int) -> optax.Schedule:
     """
     if config.constant_steps >= num_steps:
         raise ValueError(
-            f"optim.constant_steps is {config.constant_steps}; it must be less than train.steps, {num_steps}"
+            f"optim.constant_steps is {config.constant_steps}; it must be less than run.steps, {num_steps}"
         )
 
     def schedule(step):

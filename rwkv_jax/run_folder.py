@@ -12,34 +12,41 @@ CONFIG = "config.toml"
 _locks: dict[Path, int] = {}
 
 
-def claim(settings: Settings) -> Path:
-    """Returns the run's folder, made if need be, with the config in it, locked for this process until it ends.
+def claim(settings: Settings, resumes: bool) -> Path:
+    """Returns the run's folder, made if need be and locked for this process until it ends.
+
+    Args:
+        settings: The run's.
+        resumes: Whether the folder has a checkpoint, to which the settings must fit; without one, nothing is lost by a change.
 
     Raises:
         ConfigError: The folder belongs to a run with another config; the fields that differ are listed.
         OSError: It cannot be written, or another process is training in it.
     """
     folder = Path(settings.run.folder)
-    path = folder / CONFIG
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _lock(folder)
-        if not path.exists():
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(configs.to_toml(settings), encoding="utf-8")
-            temporary.replace(path)
     except BlockingIOError:
         raise OSError(
             f"{folder}: another process is training in this folder; wait for it, or use another --run.folder"
         ) from None
     except OSError as error:
         raise OSError(f"{folder}: cannot be written ({error.strerror}); choose another --run.folder") from None
-    changed = configs.differences(configs.load(path), settings)
+    changed = configs.differences(configs.load(folder / CONFIG), settings) if resumes else []
     if changed:
         raise ConfigError(
             f"{folder} holds a run with another config; use another --run.folder, or undo:\n  " + "\n  ".join(changed)
         )
     return folder
+
+
+def record(settings: Settings) -> None:
+    """Writes the config of a run that is about to start into its folder."""
+    path = Path(settings.run.folder, CONFIG)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(configs.to_toml(settings), encoding="utf-8")
+    temporary.replace(path)
 
 
 def check_vocabulary(tokenizer: Tokenizer, settings: Settings) -> None:

@@ -48,7 +48,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    try:
+        return [json.loads(line) for line in lines[:-1]]
+    except ValueError as error:
+        raise ValueError(f"{path}: a line is damaged ({error}); remove it") from None
 
 
 def _keep_until(path: Path, step: int) -> None:
@@ -73,10 +76,11 @@ def environment() -> dict[str, str]:
 def record_environment(folder: Path) -> list[str]:
     """Writes the environment beside a run, or, when the run has one, returns a line for each difference from it."""
     path, now = folder / ENVIRONMENT, environment()
-    if not path.exists():
+    try:
+        before = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):  # A kill may have cut it short.
         path.write_text(json.dumps(now, indent=2) + "\n")
         return []
-    before = json.loads(path.read_text())
     return [f"{key}: {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
 
 
@@ -86,6 +90,8 @@ def plot_losses(folder: Path) -> Path:
     from matplotlib.figure import Figure
 
     rows, validation = read_rows(folder / METRICS), read_rows(folder / VALIDATION)
+    if not rows:
+        raise ValueError(f"{folder / METRICS}: no steps to draw")
     figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

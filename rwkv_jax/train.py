@@ -113,25 +113,29 @@ class Evaluation(NamedTuple):
 
 
 @partial(jax.jit, static_argnames=("config", "backend"))
-def _evaluation_step(params, config, inputs, targets, valid, state, backend):
-    logits, state = forward(params, config, inputs, state, length=valid.sum(1), backend=backend)
+def _evaluation_step(params, config, inputs, targets, valid, reset, state, backend):
+    logits, state = forward(params, config, inputs, state, reset, valid.sum(1), backend)
     return jnp.where(valid, cross_entropy(logits, targets), 0).sum(), state
 
 
-def evaluate(params: Any, config: Config, batches: Iterable[Any], backend: str | None = None) -> Evaluation:
+def evaluate(
+    params: Any, config: Config, batches: Iterable[Any], backend: str | None = None, *, packed: bool = False
+) -> Evaluation:
     """Returns the cost of all tokens of a stream, the state being carried from one batch to the next.
 
     Args:
         params: The model's.
         config: The model's.
-        batches: From `validation_batches`: inputs, targets, valid, each [B, T], a row's valid tokens coming first.
+        batches: From `validation_batches`: inputs, targets, valid, reset, each [B, T], a row's valid tokens coming first.
         backend: Of the WKV operator.
+        packed: Whether the state is reset where a document starts, as in training with documents="packed".
     """
     state, nats, num_tokens = None, 0.0, 0
     for batch in batches:
         if state is None:
             state = init_state(config, batch.inputs.shape[0])
-        cost, state = _evaluation_step(params, config, batch.inputs, batch.targets, batch.valid, state, backend)
+        reset = batch.reset if packed else None
+        cost, state = _evaluation_step(params, config, batch.inputs, batch.targets, batch.valid, reset, state, backend)
         nats += float(cost)
         num_tokens += int(np.sum(batch.valid))
     return Evaluation(nats, num_tokens)

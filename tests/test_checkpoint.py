@@ -123,3 +123,23 @@ def test_a_folder_without_checkpoints_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no whole checkpoint here"):
         rwkv_jax.load(tmp_path)
     assert not checkpoint.is_checkpoint(tmp_path)
+
+
+def test_the_best_is_still_kept_by_a_run_that_was_resumed(states, tmp_path):
+    for first in (0, 1, 2):
+        checkpoints = checkpoint.Checkpoints(tmp_path / "run", keep_last=1, keep_best=1)
+        checkpoints.save(states[first], {}, SETTINGS, [1.0, 5.0, 4.0][first])
+        checkpoints.close()
+    assert {path.name for path in (tmp_path / "run/checkpoints").iterdir()} == {"1", "3"}
+
+
+def test_a_checkpoint_that_cannot_be_written_is_an_error_that_names_the_last(saved, states, monkeypatch):
+    checkpoints = checkpoint.Checkpoints(saved, keep_last=1, keep_best=1)
+
+    def full(*arguments, **options):
+        raise ValueError("no space left\nand much more")
+
+    monkeypatch.setattr(checkpoints._manager, "save", full)
+    with pytest.raises(OSError, match=r"could not be written \(no space left\); the last whole one is that of step 3"):
+        checkpoints.save(states[2], {}, SETTINGS, 1.0)
+    checkpoints.close()

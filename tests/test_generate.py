@@ -258,7 +258,7 @@ def scripted(monkeypatch):
         raw = text.encode() + then
         said = iter(raw + b"x" * 2000)
 
-        def say(params, config, logits, state, counts, key, *, sampling, num_tokens):
+        def say(params, config, logits, state, counts, key, *, sampling, num_tokens, vocab_size):
             return jnp.asarray([[next(said) for _ in range(num_tokens)]]), (logits, state, counts, key)
 
         monkeypatch.setattr(generate, "prefill", lambda *_: (jnp.zeros((1, 256)), None))
@@ -315,3 +315,17 @@ def test_a_character_that_max_tokens_cuts_is_left_out(scripted, max_tokens):
 @pytest.mark.parametrize("shift", range(4))
 def test_a_stop_string_of_multibyte_characters_is_never_shown(scripted, shift):
     assert "".join(scripted("a" * (12 + shift) + "日本語🎉終 more", stop=["本語🎉終"])) == "a" * (12 + shift) + "日"
+
+
+def test_ties_do_not_let_more_tokens_in_than_asked_for():
+    equal = jnp.zeros((500, 8))
+    assert len(set(sample(jax.random.key(0), equal, equal, Sampling(top_k=1)).tolist())) == 1
+    assert len(set(sample(jax.random.key(0), equal, equal, Sampling(top_k=3)).tolist())) == 3
+    assert len(set(sample(jax.random.key(0), equal, equal, Sampling(top_p=0.5)).tolist())) == 4
+
+
+def test_rows_of_the_head_that_the_tokenizer_has_no_id_for_are_never_drawn():
+    config = RWKV4Config(vocab_size=300, num_layers=1, embed_dim=8)
+    params = random_params(config)
+    params = params._replace(head=params.head.at[:, 256:].set(0.0).at[0, 256:].set(1e4))
+    assert isinstance("".join(stream(params, config, BYTES, "a", max_tokens=40)), str)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -214,3 +215,25 @@ def test_two_processes_do_not_train_in_one_folder(corpus, tmp_path):
     first.kill()
     first.wait()
     assert second.returncode == 1 and "another process is training" in second.stderr
+
+
+@pytest.mark.slow
+def test_a_start_that_failed_is_not_held_against_the_corrected_command(corpus, tmp_path):
+    folder = tmp_path / "run"
+    assert train(corpus, folder, "--data.path", "/nowhere").returncode == 1
+    result = train(corpus, folder, "--run.steps", "2")
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.slow
+def test_a_moved_run_goes_on_and_one_whose_text_changed_does_not(corpus, tmp_path):
+    copy = shutil.copytree(corpus, tmp_path / "corpus")
+    folder, moved = tmp_path / "run", tmp_path / "moved"
+    assert train(copy, folder, "--run.steps", "6").returncode == 0
+    folder.rename(moved)
+    again = train(copy, moved, "--run.steps", "6")
+    assert again.returncode == 0 and "This run is finished" in again.stdout, again.stderr
+    for file in copy.iterdir():
+        file.write_text("another text " * 40)
+    changed = train(copy, moved, "--run.steps", "6")
+    assert changed.returncode == 1 and "the training text is not the one" in changed.stderr

@@ -29,6 +29,8 @@ class EvalBatch(NamedTuple):
     """int32 [B, T]."""
     valid: np.ndarray
     """bool [B, T]: False in the padding at the end of rows."""
+    reset: np.ndarray
+    """bool [B, T]: True where an input is the first token of a document."""
 
 
 class _Windows:
@@ -103,12 +105,15 @@ def validation_batches(
     targets = stream.tokens[:end].astype(np.int32)
     inputs = np.concatenate([stream.tokens[-1:].astype(np.int32), targets[:-1]])
     padding = rows * length - end
-    inputs, targets = (np.pad(x, (0, padding)).reshape(rows, length) for x in (inputs, targets))
+    reset = np.zeros(end, bool)
+    first_inputs = stream.document_starts + 1  # An input stands one place after where it is a target.
+    reset[first_inputs[first_inputs < end]] = True
+    inputs, targets, reset = (np.pad(x, (0, padding)).reshape(rows, length) for x in (inputs, targets, reset))
     valid = (np.arange(rows * length) < end).reshape(rows, length)
     for start in range(0, length, context_length):
         part = slice(start, start + context_length)
         short = max(0, start + context_length - length)
-        yield EvalBatch(*(np.pad(x[:, part], ((0, 0), (0, short))) for x in (inputs, targets, valid)))
+        yield EvalBatch(*(np.pad(x[:, part], ((0, 0), (0, short))) for x in (inputs, targets, valid, reset)))
 
 
 def _stack(windows: Any) -> Batch:

@@ -27,7 +27,7 @@ def read_binidx(prefix: str | Path) -> tuple[np.ndarray, np.ndarray]:
         FileNotFoundError: One of the two files is missing.
         ValueError: The magic, version, dtype or a size is wrong.
     """
-    bin_path, idx_path = _paths(prefix)
+    bin_path, idx_path = binidx_paths(prefix)
     for path in (bin_path, idx_path):
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; data.path is the prefix of a .bin and an .idx")
@@ -66,7 +66,7 @@ def write_binidx(prefix: str | Path, documents: Iterable[np.ndarray], dtype: Any
     Raises:
         ValueError: An id does not fit the dtype.
     """
-    bin_path, idx_path = _paths(prefix)
+    bin_path, idx_path = binidx_paths(prefix)
     dtype = np.dtype(dtype)
     codes = {np.dtype(kind): code for code, kind in _DTYPES.items()}
     lengths = []
@@ -86,7 +86,8 @@ def write_binidx(prefix: str | Path, documents: Iterable[np.ndarray], dtype: Any
     idx_path.write_bytes(header + sizes.tobytes() + pointers.tobytes() + documents_first.tobytes())
 
 
-def _paths(prefix: str | Path) -> tuple[Path, Path]:
+def binidx_paths(prefix: str | Path) -> tuple[Path, Path]:
+    """Returns the paths of the .bin and the .idx, given their prefix or either."""
     text = str(Path(prefix).expanduser())
     text = text[:-4] if text.endswith((".bin", ".idx")) else text
     return Path(f"{text}.bin"), Path(f"{text}.idx")

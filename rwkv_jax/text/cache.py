@@ -14,7 +14,7 @@ from tqdm import tqdm
 from .corpora import Corpus
 from .tokenizers import Tokenizer
 
-_FORMAT = 1
+_FORMAT = 2
 _CHECK_BLOCK = 1 << 22
 
 
@@ -28,9 +28,11 @@ class TokenStream:
     """Where documents start, int64, in order."""
     num_bytes: int
     """Bytes of the text, without separators."""
+    identity: str = ""
+    """Hash of the tokens: a run goes on only with the text it began with."""
 
 
-def tokenise(corpus: Corpus, tokenizer: Tokenizer, cache_dir: str | Path) -> TokenStream:
+def tokenise(corpus: Corpus, tokenizer: Tokenizer, cache_dir: str | Path, name: str = "text") -> TokenStream:
     """Returns the corpus as a token stream, from the cache if it is there.
 
     A cache is made under another name and renamed when whole, so that an interrupted one is never used.
@@ -39,6 +41,7 @@ def tokenise(corpus: Corpus, tokenizer: Tokenizer, cache_dir: str | Path) -> Tok
         corpus: Its fingerprint, with the tokenizer's, names the cache.
         tokenizer: What turns text into ids.
         cache_dir: Where caches are kept.
+        name: What errors call it.
 
     Raises:
         ValueError: The corpus has no text.
@@ -51,7 +54,7 @@ def tokenise(corpus: Corpus, tokenizer: Tokenizer, cache_dir: str | Path) -> Tok
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
     try:
-        _write(temporary, corpus, tokenizer)
+        _write(temporary, corpus, tokenizer, name)
         shutil.rmtree(folder, ignore_errors=True)  # What is there, if anything, is damaged.
         temporary.rename(folder)
     finally:
@@ -81,32 +84,34 @@ def count_bytes(tokens: np.ndarray, tokenizer: Tokenizer) -> int:
     return sum(int(lengths[tokens[i : i + _CHECK_BLOCK]].sum()) for i in range(0, len(tokens), _CHECK_BLOCK))
 
 
-def _write(folder: Path, corpus: Corpus, tokenizer: Tokenizer) -> None:
+def _write(folder: Path, corpus: Corpus, tokenizer: Tokenizer, name: str) -> None:
     dtype = np.dtype(
         np.uint8 if tokenizer.vocab_size <= 256 else np.uint16 if tokenizer.vocab_size <= 65536 else np.int32
     )
-    starts, num_tokens, num_bytes = [], 0, 0
+    starts, num_tokens, num_bytes, digest = [], 0, 0, hashlib.sha256()
     with (folder / "tokens.bin").open("wb") as file, tqdm(desc="tokenising", unit="B", unit_scale=True, delay=2) as bar:
         for document in corpus.documents():
-            raw = document.text.encode() if isinstance(document.text, str) else document.text
-            if not raw:
-                continue
             try:
+                raw = document.text.encode() if isinstance(document.text, str) else document.text
+                if not raw:
+                    continue
                 ids = tokenizer.encode(document.text)
             except ValueError as error:
                 raise ValueError(f"{document.name}: {error}") from None
             starts.append(num_tokens)
-            file.write(np.append(ids, tokenizer.end_of_text).astype(dtype).tobytes())
+            content = np.append(ids, tokenizer.end_of_text).astype(dtype).tobytes()
+            file.write(content)
+            digest.update(content)
             num_tokens += len(ids) + 1
             num_bytes += len(raw)
             bar.update(len(raw))
     if not num_bytes:
         raise ValueError(
-            "the corpus, or the part of it that is trained on or held out, has no text; look at data.path, and at "
-            "data.validation_fraction if there are few documents (or give data.validation_path)"
+            f"the {name} is empty; look at data.path, and, if there are few documents, at data.validation_fraction "
+            "(or give data.validation_path)"
         )
     np.save(folder / "document_starts.npy", np.array(starts, np.int64))
-    meta = {"dtype": dtype.name, "num_tokens": num_tokens, "num_bytes": num_bytes}
+    meta = {"dtype": dtype.name, "num_tokens": num_tokens, "num_bytes": num_bytes, "identity": digest.hexdigest()}
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
@@ -121,4 +126,4 @@ def _open(folder: Path) -> TokenStream | None:
     except (OSError, ValueError, KeyError):
         return None
     tokens = np.memmap(folder / "tokens.bin", dtype, mode="r")
-    return TokenStream(tokens, starts, meta["num_bytes"])
+    return TokenStream(tokens, starts, meta["num_bytes"], meta["identity"])

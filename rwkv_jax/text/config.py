@@ -1,13 +1,15 @@
 """What text to train on, and how it is cut into batches."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from . import corpora
-from .binidx import read_binidx
+from .binidx import binidx_paths, read_binidx
 from .cache import TokenStream, check_tokens, count_bytes, tokenise
 from .tokenizers import Tokenizer, TokenizerName, get_tokenizer
 
@@ -53,6 +55,8 @@ class DataConfig:
         for name in ("context_length", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"data.seed is {self.seed}; it must be 0 to 2**31 - 1")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"data.validation_fraction is {self.validation_fraction}; it must be between 0 and 1")
 
@@ -77,6 +81,10 @@ def load_streams(config: DataConfig) -> Streams:
         raise ValueError(f"data.source={config.source!r} needs data.path")
     if config.source == "tfds" and not config.tfds_name:
         raise ValueError("data.source='tfds' needs data.tfds_name")
+    if config.validation_path is not None and config.source not in ("text", "jsonl", "binidx"):
+        raise ValueError(f"data.validation_path is for text, jsonl and binidx; data.source={config.source!r} has none")
+    if config.tfds_validation_split is not None and config.source != "tfds":
+        raise ValueError(f"data.tfds_validation_split is for tfds; data.source={config.source!r} has none")
     tokenizer = get_tokenizer(config.tokenizer, config.tokenizer_file)
     if config.source == "binidx":
         return _binidx_streams(config, tokenizer)
@@ -86,7 +94,8 @@ def load_streams(config: DataConfig) -> Streams:
         parts = whole, held_out
     else:
         parts = corpora.split(whole, config.validation_fraction)
-    train, validation = (tokenise(part, tokenizer, config.cache_dir) for part in parts)
+    train = tokenise(parts[0], tokenizer, config.cache_dir, "training text")
+    validation = tokenise(parts[1], tokenizer, config.cache_dir, "held-out text")
 
     def validation_bytes() -> bytes:
         texts = (document.text for document in parts[1].documents())
@@ -107,9 +116,9 @@ def _corpus(config: DataConfig, path: str | None, tfds_split: str) -> corpora.Co
 
 def _binidx_streams(config: DataConfig, tokenizer: Tokenizer) -> Streams:
     assert config.path is not None
-    tokens, starts = _checked_binidx(config.path, tokenizer)
+    tokens, starts = read_binidx(config.path)
     if config.validation_path is not None:
-        train, validation = (tokens, starts), _checked_binidx(config.validation_path, tokenizer)
+        sides = ((config.path, 0, tokens, starts), (config.validation_path, 0, *read_binidx(config.validation_path)))
     else:
         first = int(len(starts) * (1 - config.validation_fraction))
         if not 0 < first < len(starts):
@@ -118,12 +127,26 @@ def _binidx_streams(config: DataConfig, tokenizer: Tokenizer) -> Streams:
                 f"{config.validation_fraction} into two parts; give data.validation_path"
             )
         cut = int(starts[first])
-        train, validation = (tokens[:cut], starts[:first]), (tokens[cut:], starts[first:] - cut)
-    sides = (TokenStream(*side, num_bytes=count_bytes(side[0], tokenizer)) for side in (train, validation))
-    return Streams(tokenizer, *sides, validation_bytes=lambda: None)
+        sides = ((config.path, 0, tokens[:cut], starts[:first]), (config.path, cut, tokens[cut:], starts[first:] - cut))
+    train, validation = (_binidx_stream(*side, tokenizer, Path(config.cache_dir).expanduser()) for side in sides)
+    return Streams(tokenizer, train, validation, validation_bytes=lambda: None)
 
 
-def _checked_binidx(path: str, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    tokens, starts = read_binidx(path)
-    check_tokens(tokens, tokenizer.vocab_size, path)
-    return tokens, starts
+def _binidx_stream(
+    path: str, offset: int, tokens: np.ndarray, starts: np.ndarray, tokenizer: Tokenizer, cache_dir: Path
+) -> TokenStream:
+    """The tokens from `offset` on. They are read through once, to check them and to count the bytes they stand for."""
+    file = binidx_paths(path)[0].resolve()
+    what = f"{file}/{file.stat().st_mtime_ns}/{offset}/{len(tokens)}/{tokens.dtype}/{tokenizer.fingerprint}/"
+    index = hashlib.sha256(what.encode() + starts.tobytes())
+    counted = cache_dir / f"binidx-{index.hexdigest()[:32]}"
+    if counted.exists():
+        num_bytes = int(counted.read_text())
+    else:
+        check_tokens(tokens, tokenizer.vocab_size, path)
+        num_bytes = count_bytes(tokens, tokenizer)
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        temporary = counted.with_suffix(".tmp")
+        temporary.write_text(str(num_bytes))
+        temporary.replace(counted)
+    return TokenStream(tokens, starts, num_bytes, identity=index.hexdigest())

@@ -41,13 +41,38 @@ class TextFiles:
         self._files, self._root = files, root
 
     def fingerprint(self) -> str:
-        """Names, sizes and times of change."""
-        return _hash_files(self._files)
+        """Names, sizes and times of change, and the names that documents have."""
+        return _hash_files(self._files) + f"/{self._root.resolve()}"
 
     def documents(self) -> Iterator[Document]:
         """Yields the files' bytes, in the order of their names."""
         for file in self._files:
             yield Document(file.relative_to(self._root).as_posix(), file.read_bytes())
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def cut(self, fraction: float) -> tuple["Piece", "Piece"]:
+        """Returns the first and the last lines of the only file, cut after about `fraction` of its bytes."""
+        (document,) = self.documents()
+        raw = document.text if isinstance(document.text, bytes) else document.text.encode()
+        at = raw.find(b"\n", int(fraction * len(raw))) + 1 or int(fraction * len(raw))
+        return Piece(self, slice(0, at)), Piece(self, slice(at, None))
+
+
+class Piece:
+    """A part of the only document of a corpus."""
+
+    def __init__(self, corpus: TextFiles, where: slice):
+        self._corpus, self._where = corpus, where
+
+    def fingerprint(self) -> str:
+        """That of the corpus, and which bytes."""
+        return f"{self._corpus.fingerprint()}/{self._where.start}-{self._where.stop}"
+
+    def documents(self) -> Iterator[Document]:
+        """Yields the piece."""
+        return (document._replace(text=document.text[self._where]) for document in self._corpus.documents())
 
 
 class JsonLines:
@@ -67,15 +92,15 @@ class JsonLines:
             ValueError: A line is not such an object; the file and line are named.
         """
         for file in self._files:
-            with file.open(encoding="utf-8") as lines:
+            with file.open("rb") as lines:
                 for number, line in enumerate(lines, 1):
                     if line.strip():
                         yield Document(f"{file.name}:{number}", self._text(line, f"{file}:{number}"))
 
-    def _text(self, line: str, where: str) -> str:
+    def _text(self, line: bytes, where: str) -> str:
         try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
+            value = json.loads(line.decode("utf-8-sig"))
+        except ValueError as error:
             raise ValueError(f"{where}: not JSON ({error}); every line must be an object with {self._key!r}") from None
         if not isinstance(value, dict) or not isinstance(value.get(self._key), str):
             found = ", ".join(value) if isinstance(value, dict) else type(value).__name__
@@ -170,8 +195,13 @@ def json_lines(path: str, key: str) -> JsonLines:
     return JsonLines(_find(path, (".jsonl",)), key)
 
 
-def split(corpus: Corpus, fraction: float) -> tuple[Part, Part]:
-    """Returns (training, held-out) parts: a document is held out if a hash of its name falls below `fraction`."""
+def split(corpus: Corpus, fraction: float) -> tuple[Corpus, Corpus]:
+    """Returns (training, held-out) parts: a document is held out if a hash of its name falls below `fraction`.
+
+    The last lines of a text file that is alone are held out.
+    """
+    if isinstance(corpus, TextFiles) and len(corpus) == 1:
+        return corpus.cut(1 - fraction)
 
     def held_out(name: str) -> bool:
         return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) < fraction * 2**64

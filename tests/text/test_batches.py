@@ -84,3 +84,12 @@ def test_a_walk_predicts_every_token_once_from_the_one_before(stream, rows, cont
 def test_a_limit_uses_the_first_tokens_only(stream):
     batches = list(validation_batches(stream, context_length=10, batch_size=3, limit=50))
     assert sorted(np.concatenate([batch.targets[batch.valid] for batch in batches])) == list(range(50))
+
+
+def test_validation_marks_the_starts_of_documents_where_they_are_inputs(stream):
+    batches = list(validation_batches(stream, context_length=10, batch_size=2))
+    for batch in batches:
+        starts = np.isin(batch.inputs, stream.document_starts) & batch.valid
+        starts[:, 0] &= batch.inputs[:, 0] != stream.tokens[-1]
+        np.testing.assert_array_equal(batch.reset & batch.valid, starts)
+    assert sum(int(batch.reset.sum()) for batch in batches) == len(stream.document_starts)

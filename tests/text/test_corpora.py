@@ -4,11 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from rwkv_jax.text import DataConfig, load_streams, read_binidx, tokenise, write_binidx
+from rwkv_jax.text import DataConfig, corpora, load_streams, read_binidx, tokenise, write_binidx
 from rwkv_jax.text.cache import check_tokens, count_bytes
 from rwkv_jax.text.corpora import json_lines, split, standard_library, text_files
 from rwkv_jax.text.tokenizers import ByteTokenizer
@@ -57,7 +58,7 @@ def test_a_path_without_text_is_named(folder, path):
 
 def test_empty_text_is_refused(tmp_path):
     (tmp_path / "empty.txt").write_text("")
-    with pytest.raises(ValueError, match="has no text"):
+    with pytest.raises(ValueError, match="the text is empty"):
         tokenise(text_files(str(tmp_path)), ByteTokenizer(), tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
 
@@ -146,13 +147,15 @@ def test_a_damaged_binidx_is_refused(tmp_path, suffix, change, message):
 
 def test_binidx_streams_split_and_refuse_foreign_tokens(tmp_path):
     write_binidx(tmp_path / "a", [np.array([65 + i, 66, 0]) for i in range(10)])
-    config = DataConfig(source="binidx", path=str(tmp_path / "a"), validation_fraction=0.2)
+    config = DataConfig(
+        source="binidx", path=str(tmp_path / "a"), validation_fraction=0.2, cache_dir=str(tmp_path / "c")
+    )
     streams = load_streams(config)
     assert len(streams.train.tokens) == 24 and len(streams.validation.tokens) == 6
     assert streams.validation.document_starts.tolist() == [0, 3] and streams.validation.num_bytes == 4
     assert streams.validation_bytes() is None
     write_binidx(tmp_path / "a", [np.array([1, 2]), np.array([3, 300])])
-    with pytest.raises(ValueError, match="token 300 at position 3; the tokenizer's ids are 0 to 255"):
+    with pytest.raises(ValueError, match="token 300 at position 1; the tokenizer's ids are 0 to 255"):
         load_streams(config)
     with pytest.raises(FileNotFoundError, match=r"b.bin: no such file"):
         load_streams(DataConfig(source="binidx", path=str(tmp_path / "b")))
@@ -240,3 +243,75 @@ def test_settings_that_cannot_be_are_refused():
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=message):
             load_streams(DataConfig(**values))
+
+
+def test_the_last_lines_of_a_single_file_are_held_out(tmp_path):
+    lines = [f"line {i}\n" for i in range(100)]
+    (tmp_path / "one.txt").write_text("".join(lines))
+    config = DataConfig(source="text", path=str(tmp_path / "one.txt"), cache_dir=str(tmp_path / "c"))
+    streams = load_streams(config)
+    train, held_out = (bytes(side.tokens[:-1]).decode() for side in (streams.train, streams.validation))
+    assert train + held_out == "".join(lines)
+    assert train.endswith("\n") and 0.03 < len(held_out) / len("".join(lines)) < 0.06
+    assert streams.validation_bytes() == held_out.encode()
+
+
+def test_the_side_of_a_split_without_text_is_named(tmp_path):
+    for i in range(2):
+        (tmp_path / f"{i}.txt").write_text("text")
+    config = DataConfig(source="text", path=str(tmp_path), validation_fraction=1e-9, cache_dir=str(tmp_path / "c"))
+    with pytest.raises(ValueError, match="the held-out text is empty"):
+        load_streams(config)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"validation_path": "somewhere"}, "data.validation_path is for text, jsonl and binidx"),
+        ({"tfds_validation_split": "test"}, "data.tfds_validation_split is for tfds"),
+    ],
+)
+def test_held_out_text_that_the_source_does_not_have_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        load_streams(DataConfig(source="stdlib", **fields))
+
+
+def test_jsonl_is_read_with_a_byte_order_mark_and_bad_characters_are_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "one"}\n')
+    assert [document.text for document in json_lines(str(path), "text").documents()] == ["one"]
+    path.write_bytes(b'{"text": "one"}\n{"text": "\xff"}\n')
+    with pytest.raises(ValueError, match="a.jsonl:2: not JSON"):
+        list(json_lines(str(path), "text").documents())
+    path.write_bytes(b'{"text": "\\ud800"}\n')
+    with pytest.raises(ValueError, match="a.jsonl:1: .*surrogates not allowed"):
+        tokenise(json_lines(str(path), "text"), ByteTokenizer(), tmp_path / "c")
+
+
+def test_the_same_files_below_another_root_are_another_corpus(folder):
+    names = [file.name for file in sorted(Path(folder).iterdir())]
+    below, above = (corpora.TextFiles([Path(folder, n) for n in names], root) for root in (folder, Path(folder).parent))
+    assert below.fingerprint() != above.fingerprint()
+
+
+def test_the_identity_of_a_text_is_that_of_its_tokens(tmp_path):
+    def identity(name, text):
+        (tmp_path / name).write_text(text)
+        return tokenise(text_files(str(tmp_path / name)), ByteTokenizer(), tmp_path / "c").identity
+
+    assert identity("a.txt", "same") == identity("b.txt", "same") != identity("c.txt", "other")
+
+
+def test_a_binidx_is_checked_and_counted_once_until_it_changes(tmp_path, monkeypatch):
+    write_binidx(tmp_path / "a", [np.full(3, i + 1) for i in range(10)])
+    config = DataConfig(
+        source="binidx", path=str(tmp_path / "a"), validation_fraction=0.2, cache_dir=str(tmp_path / "c")
+    )
+    first = load_streams(config)
+    monkeypatch.setattr("rwkv_jax.text.config.check_tokens", lambda *arguments: pytest.fail("read again"))
+    again = load_streams(config)
+    assert (again.train.num_bytes, again.train.identity) == (first.train.num_bytes, first.train.identity)
+    monkeypatch.undo()
+    write_binidx(tmp_path / "a", [np.full(3, 300) for i in range(10)])
+    with pytest.raises(ValueError, match="token 300"):
+        load_streams(config)
