@@ -18,9 +18,7 @@ TOKENS = ("r", "w", "k", "v", "a", "b")
 
 @partial(jax.jit, static_argnames="backend")
 def outputs_and_gradients(tokens, state, reset, length, cotangents, backend):
-    outputs, pullback = jax.vjp(
-        lambda *x: wkv7(*x, reset=reset, length=length, backend=backend), *tokens, state
-    )
+    outputs, pullback = jax.vjp(lambda *x: wkv7(*x, reset=reset, length=length, backend=backend), *tokens, state)
     return outputs, pullback(jax.tree.map(lambda g, x: g.astype(x.dtype), cotangents, outputs))
 
 
@@ -29,8 +27,12 @@ def run(inputs, dtype, backend):
     wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
     tokens = tuple(jnp.asarray(getattr(inputs, name), wide if name == "w" else dtype) for name in TOKENS)
     rng = np.random.default_rng(7)
-    cotangents = tuple(jnp.asarray(rng.normal(size=x.shape), jnp.bfloat16).astype(wide) for x in (inputs.v, inputs.state))
-    return outputs_and_gradients(tokens, jnp.asarray(inputs.state, wide), inputs.reset, inputs.length, cotangents, backend)
+    cotangents = tuple(
+        jnp.asarray(rng.normal(size=x.shape), jnp.bfloat16).astype(wide) for x in (inputs.v, inputs.state)
+    )
+    return outputs_and_gradients(
+        tokens, jnp.asarray(inputs.state, wide), inputs.reset, inputs.length, cotangents, backend
+    )
 
 
 def bfloat16_exact(inputs):
@@ -103,7 +105,9 @@ def test_a_row_with_a_length_equals_the_shorter_row(backend):
             np.testing.assert_array_equal(state[row], inputs.state[row])
             continue
         short = [x[row : row + 1, :length] for x in inputs[:6]]
-        own, end = wkv7(*short, inputs.state[row : row + 1], reset=inputs.reset[row : row + 1, :length], backend=backend)
+        own, end = wkv7(
+            *short, inputs.state[row : row + 1], reset=inputs.reset[row : row + 1, :length], backend=backend
+        )
         np.testing.assert_allclose(y[row, :length], own[0], rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(state[row], end[0], rtol=1e-5, atol=1e-5)
 
