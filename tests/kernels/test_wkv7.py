@@ -149,7 +149,9 @@ def test_padding_past_length_has_no_effect_and_no_gradient(backend):
         return jnp.sum(y**2) + jnp.sum(state)
 
     clean = jax.grad(loss)(inputs[:6])
-    dirty = jax.grad(loss)(tuple(jnp.where(bad, fill, x) for x, fill in zip(inputs, [jnp.inf, jnp.nan] * 3)))
+    dirty = jax.grad(loss)(
+        tuple(jnp.where(bad, fill, x) for x, fill in zip(inputs[:6], [jnp.inf, jnp.nan] * 3, strict=True))
+    )
     for a, b in zip(dirty, clean, strict=True):
         assert not np.any(np.where(bad, a, 0))
         np.testing.assert_array_equal(a, b)
