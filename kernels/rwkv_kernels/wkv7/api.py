@@ -43,8 +43,8 @@ def wkv7(
 
     Args:
         r: Receptance, in any floating dtype.
-        w: Log-decay a step and key channel, < 0. "parallel" multiplies the decays of up to 16 steps and divides by them, which
-            is safe in RWKV-7's range, -0.6066 to 0; at a mean of -11 a step and less it overflows ("scan" takes any).
+        w: Log-decay a step and key channel, < 0. "parallel" divides by the decay of a whole chunk (see its LONGEST_CHUNK): that is
+            safe in RWKV-7's range, -0.6066 to 0, but overflows where a chunk's sum is below -80 ("scan" takes any).
         k: Keys, in r's dtype.
         v: Values, in r's dtype.
         a: Which direction of the state a token removes (RWKV-7: minus the normalised key), in r's dtype.

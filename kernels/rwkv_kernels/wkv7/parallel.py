@@ -1,24 +1,25 @@
 """RWKV-7's WKV operator in chunks of time (the WY form), in XLA operations that run on any device.
 
-In a chunk of C tokens with c_t the log-decays summed up to token t, m that sum at its middle and S the state before it, let
+In a chunk of C tokens with c_t the log-decays summed up to token t and S the state before it, let
 
-    A_t = a_t e^{c_{t-1} - m}     R_t = r_t e^{c_t - m}     B_t = b_t e^{m - c_t}     K_t = k_t e^{m - c_t}
+    A_t = a_t e^{c_{t-1}}     R_t = r_t e^{c_t}     B_t = b_t e^{-c_t}     K_t = k_t e^{-c_t}
 
 be the rows of Q = [A; R] and P = [B; K]. With M = Q P^T, its A rows masked to earlier tokens and its R rows to the same token
 too, what the tokens find along their a, U, obeys one triangular system, and the rest is matrix products:
 
-    (I - M_AB) U = A e^m S^T + M_AK V        X = [U; V]        Y = R e^m S^T + M_R X        S' = S e^{c_C} + X^T P e^{c_C - m}
+    (I - M_AB) U = A S^T + M_AK V        X = [U; V]        Y = R S^T + M_R X        S' = (S + X^T P) e^{c_C}
 
-Centred at m no factor exceeds e^{0.6066 C/2}. The system's inverse is formed by halves, T_21 = T_22 M_21 T_11. A reset at a token
-cuts the pairs that it lies between out of M, and the state before it out of Y, U and S'.
+No factor exceeds e^{0.6066 C}, so that float32 holds them with room to spare, and none depends on a later token. The system's
+inverse is formed by halves, T_21 = T_22 M_21 T_11. A reset at a token cuts the pairs that it lies between out of M, and the state
+before it out of Y, U and S'.
 
 The backward pass stores the state before every chunk and redoes each chunk from it, last to first. With g the cotangents,
 
-    gX = M_R^T gY + P e^{c_C - m} gS'^T      G = (I - M_AB)^{-T} gU      Z = [G; gY]      gM = Z X^T, masked
-    gQ = gM P + Z S e^m                      gP = gM^T Q + X gS' e^{c_C - m}               gV = gX_V + M_AK^T G
-    gS = gS' e^{c_C} + Z^T Q e^m             gc_t = gQ_t Q_t - gP_t P_t, and at the chunk's end also the row sum of S' gS'
+    gX = M_R^T gY + P e^{c_C} gS'^T      G = (I - M_AB)^{-T} gU      Z = [G; gY]      gM = Z X^T, masked
+    gQ = gM P + Z S                      gP = gM^T Q + X gS' e^{c_C}                   gV = gX_V + M_AK^T G
+    gS = gS' e^{c_C} + Z^T Q             gc_t = gQ_t Q_t - gP_t P_t, and at the chunk's end also the row sum of S' gS'
 
-as nothing depends on m. Loops are T/C long and hold one chunk at a time.
+Loops are T/C long and hold one chunk at a time.
 """
 
 from typing import NamedTuple
@@ -29,7 +30,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 LONGEST_CHUNK = 16
-"""Tokens in a chunk, a power of two: e^{11 * 16/2} is the largest factor that float32 holds."""
+"""Tokens in a chunk, a power of two."""
 
 
 class _Chunk(NamedTuple):
@@ -54,10 +55,8 @@ class _Factors(NamedTuple):
     """What a and r were multiplied by [B, H, 2C, K]."""
     scale_p: Array
     """What b and k were multiplied by [B, H, C, K]."""
-    enter: Array
-    """e^m [B, H, K, 1]."""
-    leave: Array
-    """e^{c_C - m} [B, H, K, 1]."""
+    decay: Array
+    """e^{c_C} [B, H, K, 1]."""
 
 
 class _Masks(NamedTuple):
@@ -155,7 +154,7 @@ def _chunk(chunk: _Chunk, state: Float[Array, "B H K V"], masks: _Masks):
     size = chunk.r.shape[2]
     y = found[:, :, size:] + m[:, :, size:] @ x
     added = factors.p.swapaxes(2, 3) @ _masked(masks.to_end, x)
-    new = factors.leave * (_masked(masks.through, factors.enter * state) + added)
+    new = factors.decay * (_masked(masks.through, state) + added)
     return y, new
 
 
@@ -164,7 +163,7 @@ def _solve(chunk: _Chunk, factors: _Factors, state, masks: _Masks):
     size = chunk.r.shape[2]
     m = jnp.where(masks.pairs, factors.q @ factors.p.swapaxes(2, 3), 0)
     inverse = _inverse(m[:, :, :size, :size])
-    found = _masked(masks.from_start, factors.q @ (factors.enter * state))
+    found = _masked(masks.from_start, factors.q @ state)
     u = inverse @ (found[:, :, :size] + m[:, :, :size, size:] @ chunk.v)
     return jnp.concatenate([u, chunk.v], 2), m, inverse, found
 
@@ -174,16 +173,16 @@ def _chunk_gradients(chunk: _Chunk, gy, state, after, gafter, masks: _Masks):
     size = chunk.r.shape[2]
     factors = _factors(chunk)
     x, m, inverse, _ = _solve(chunk, factors, state, masks)
-    gadded = factors.leave * gafter
+    gadded = factors.decay * gafter
     gx = m[:, :, size:].swapaxes(2, 3) @ gy + _masked(masks.to_end, factors.p @ gadded)
     gu = inverse.swapaxes(2, 3) @ gx[:, :, :size]
     gv = gx[:, :, size:] + m[:, :, :size, size:].swapaxes(2, 3) @ gu
     z = jnp.concatenate([gu, gy], 2)
     gm = jnp.where(masks.pairs, z @ x.swapaxes(2, 3), 0)
     z = _masked(masks.from_start, z)
-    gq = gm @ factors.p + z @ (factors.enter * state).swapaxes(2, 3)
+    gq = gm @ factors.p + z @ state.swapaxes(2, 3)
     gp = gm.swapaxes(2, 3) @ factors.q + _masked(masks.to_end, x) @ gadded.swapaxes(2, 3)
-    gstate = factors.enter * (_masked(masks.through, gadded) + factors.q.swapaxes(2, 3) @ z)
+    gstate = _masked(masks.through, gadded) + factors.q.swapaxes(2, 3) @ z
 
     through_q, through_p = gq * factors.q, gp * factors.p
     gc = through_q[:, :, :size] + through_q[:, :, size:] - through_p[:, :, :size] - through_p[:, :, size:]
@@ -195,15 +194,12 @@ def _chunk_gradients(chunk: _Chunk, gy, state, after, gafter, masks: _Masks):
 
 
 def _factors(chunk: _Chunk) -> _Factors:
-    size = chunk.r.shape[2]
     c = lax.cumsum(chunk.w, 2)
-    middle, end = c[:, :, size // 2, None], c[:, :, -1, None]
-    scale_q = jnp.exp(jnp.concatenate([c - chunk.w, c], 2) - middle)
-    scale_p = jnp.exp(middle - c)
+    scale_q = jnp.exp(jnp.concatenate([c - chunk.w, c], 2))
+    scale_p = jnp.exp(-c)
     q = jnp.concatenate([chunk.a, chunk.r], 2) * scale_q
     p = jnp.concatenate([chunk.b * scale_p, chunk.k * scale_p], 2)
-    enter, leave = jnp.exp(middle).swapaxes(2, 3), jnp.exp(end - middle).swapaxes(2, 3)
-    return _Factors(q, p, scale_q, scale_p, enter, leave)
+    return _Factors(q, p, scale_q, scale_p, scale_q[:, :, -1, :, None])
 
 
 def _inverse(lower: Float[Array, "*B C C"]) -> Float[Array, "*B C C"]:
