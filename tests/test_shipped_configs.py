@@ -89,7 +89,7 @@ def test_rwkv7_models_have_the_released_shape_and_size(name, read):
     assert (model.num_layers, model.embed_dim, model.vocab_size) == (layers, width, 65536)
     assert (model.head_dim, sum(model.ranks)) == (64, ranks)
     upstream = 2 * 65536 * width + 4 * width + layers * (19 * width + 12 * width**2 + 2 * width * ranks)
-    # Our layer 0 also has the v0, v1 and v2 that upstream counts there and that its files may lack; our r_k is one of its 19 D.
+    # Upstream's formula, which counts layer 0's unused v0, v1 and v2 too.
     assert count_params(model) == upstream
     assert abs(count_params(model) / 1e9 - billions) < 0.1
 
