@@ -33,16 +33,25 @@ class Shape(NamedTuple):
     batch_size: int
     num_tokens: int
     """A row, in one call."""
+    architecture: str = "rwkv4"
+    backend: str | None = None
+    """Of the WKV operator; None: the best here."""
 
 
 SHAPES = {
     "train-256": Shape("train", 6, 256, 256, 8, 256),
     "train-1024": Shape("train", 6, 256, 256, 8, 1024),
     "train-4096": Shape("train", 6, 256, 256, 8, 4096),
+    "train7-256": Shape("train", 6, 256, 256, 8, 256, "rwkv7"),
+    "train7-1024": Shape("train", 6, 256, 256, 8, 1024, "rwkv7"),
+    "train7-4096": Shape("train", 6, 256, 256, 8, 4096, "rwkv7"),
+    "train7-1024-scan": Shape("train", 6, 256, 256, 8, 1024, "rwkv7", "scan"),
     "prefill-512": Shape("prefill", 12, 768, 50277, 1, 512),
     "decode-1": Shape("decode", 12, 768, 50277, 1, 64),
     "decode-8": Shape("decode", 12, 768, 50277, 8, 64),
 }
+RATIOS = [("train-4096", "train-1024"), ("train7-4096", "train7-1024"), ("train7-1024", "train7-1024-scan")]
+"""Pairs of shapes that are compared where both were measured."""
 DEFAULT = ["train-256", "train-1024", "train-4096"]
 SECONDS = 12.0
 """Of measurement a shape and framework."""
@@ -67,7 +76,7 @@ def main() -> None:
         parser.error("--compare needs torch: pip install torch --index-url https://download.pytorch.org/whl/cpu")
 
     results = {}
-    print(f"{'shape':12s} {'tokens/s':>9s} {'of GEMM':>8s} {'compile s':>9s} {'peak MB':>8s}")
+    print(f"{'shape':16s} {'tokens/s':>9s} {'of GEMM':>8s} {'compile s':>9s} {'peak MB':>8s}")
     for name in arguments.shapes:
         runs = [worker("rwkv", name)]
         peers = []
@@ -77,7 +86,7 @@ def main() -> None:
             peers.append(worker("gpt2", name))
         best = max(runs, key=lambda run: run["tokens_per_second"])
         print(
-            f"{name:12s} {best['tokens_per_second']:9.0f} {best['share_of_gemm']:8.2f} {best['compile_s']:9.1f} "
+            f"{name:16s} {best['tokens_per_second']:9.0f} {best['share_of_gemm']:8.2f} {best['compile_s']:9.1f} "
             f"{best['peak_mb']:8.0f}", flush=True,
         )  # fmt: skip
         results[name] = {"rwkv": best}
@@ -86,11 +95,13 @@ def main() -> None:
             results[name]["gpt2"] = peer
             ratio = best["tokens_per_second"] / peer["tokens_per_second"]
             print(
-                f"{'  GPT-2':12s} {peer['tokens_per_second']:9.0f} {'':8s} {'':9s} {peer['peak_mb']:8.0f}   RWKV/GPT-2 {ratio:.2f}"
+                f"{'  GPT-2':16s} {peer['tokens_per_second']:9.0f} {'':8s} {'':9s} {peer['peak_mb']:8.0f}   RWKV/GPT-2 {ratio:.2f}"
             )
-    if "train-1024" in results and "train-4096" in results:
-        ratio = results["train-4096"]["rwkv"]["tokens_per_second"] / results["train-1024"]["rwkv"]["tokens_per_second"]
-        print(f"tokens/s at T 4096 over T 1024: {ratio:.2f}")
+    for one, other in RATIOS:
+        if one in results and other in results:
+            a, b = results[one]["rwkv"], results[other]["rwkv"]
+            speed, memory = (a[figure] / b[figure] for figure in ("tokens_per_second", "peak_mb"))
+            print(f"{one} over {other}: {speed:.2f} in tokens/s, {memory:.2f} in peak memory")
     if arguments.json:
         packages = ["jax", "jaxlib", "numpy"] + (["torch"] if arguments.compare else [])
         machine = {
@@ -115,9 +126,9 @@ def measure(shape: Shape) -> dict[str, float]:
 
     import rwkv_jax
     from rwkv_jax import devices, generate, lm, optim, train
-    from rwkv_jax.models import module_of
+    from rwkv_jax.models import ARCHITECTURES, module_of
 
-    config = rwkv_jax.RWKV4Config(
+    config = ARCHITECTURES[shape.architecture](
         vocab_size=shape.vocab_size, num_layers=shape.num_layers, embed_dim=shape.embed_dim, remat="elementwise"
     )
     tokens = np.random.default_rng(0).integers(0, shape.vocab_size, (shape.batch_size, shape.num_tokens + 1))
@@ -127,14 +138,14 @@ def measure(shape: Shape) -> dict[str, float]:
     if shape.work == "train":
         optimizer = optim.make_optimizer(optim.OptimConfig(), module_of(config).declare(config), 1000)
         state = train.init_train_state(jax.random.key(0), config, optimizer)
-        step = partial(train.train_step, config=config, optimizer=optimizer, l2wrap=1e-4)
+        step = partial(train.train_step, config=config, optimizer=optimizer, l2wrap=1e-4, backend=shape.backend)
         lowered = jax.jit(step, donate_argnums=0).lower(state, tokens[:, :-1], tokens[:, 1:], None)
         compiled, compile_s = _compile(lowered)
         call = lambda carry: compiled(carry, tokens[:, :-1], tokens[:, 1:], None)[0]  # noqa: E731
         cost *= 3
     elif shape.work == "prefill":
         params = rwkv_jax.init(jax.random.key(0), config)
-        forward = jax.jit(partial(rwkv_jax.forward, positions="last"), static_argnums=1)
+        forward = jax.jit(partial(rwkv_jax.forward, positions="last", backend=shape.backend), static_argnums=1)
         compiled, compile_s = _compile(forward.lower(params, config, tokens[:, :-1]))
         state, call = None, lambda carry: compiled(params, tokens[:, :-1])
         cost -= 2 * shape.embed_dim * shape.vocab_size

@@ -3,5 +3,6 @@
 from .lm import count_params, forward, hidden, init, init_state, unembed
 from .load import load
 from .models.rwkv4 import RWKV4Config
+from .models.rwkv7 import RWKV7Config
 
-__all__ = ["RWKV4Config", "count_params", "forward", "hidden", "init", "init_state", "load", "unembed"]
+__all__ = ["RWKV4Config", "RWKV7Config", "count_params", "forward", "hidden", "init", "init_state", "load", "unembed"]

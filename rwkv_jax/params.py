@@ -40,6 +40,8 @@ class Param:
     decays: bool = False
     """Whether weight decay, if any, applies."""
     layout: Layout = "same"
+    may_lack: tuple[int, ...] = ()
+    """Layers that do not use theirs: official checkpoints may lack it, it is neither read nor written, and loads as zeros."""
 
     @property
     def stacked(self) -> bool:
@@ -121,7 +123,9 @@ def to_official(params: Any, declaration: Any, num_layers: int) -> dict[str, np.
     tensors = {}
     for param, value in zip(jax.tree.leaves(declaration), jax.tree.leaves(params), strict=True):
         layers = np.asarray(value) if param.stacked else np.asarray(value)[None]
-        for key, tensor in zip(param.keys(num_layers), layers, strict=True):
+        for layer, (key, tensor) in enumerate(zip(param.keys(num_layers), layers, strict=True)):
+            if layer in param.may_lack:
+                continue
             tensor = tensor.T if param.layout == "transposed" else tensor
             tensors[key] = np.ascontiguousarray(tensor).reshape(param.official_shape)
     return tensors
@@ -129,8 +133,12 @@ def to_official(params: Any, declaration: Any, num_layers: int) -> dict[str, np.
 
 def official_problems(shapes: Mapping[str, tuple[int, ...]], declaration: Any, num_layers: int) -> list[str]:
     """Returns a line for every missing, extra or mis-shaped tensor of an official checkpoint, given its shapes."""
-    expected = {key: param.official_shape for param in jax.tree.leaves(declaration) for key in param.keys(num_layers)}
-    missing = [f"missing: {key} {shape}" for key, shape in expected.items() if key not in shapes]
+    declared = jax.tree.leaves(declaration)
+    expected = {key: param.official_shape for param in declared for key in param.keys(num_layers)}
+    optional = {param.key.format(layer=layer) for param in declared for layer in param.may_lack}
+    missing = [
+        f"missing: {key} {shape}" for key, shape in expected.items() if key not in shapes and key not in optional
+    ]
     extra = [f"extra: {key} {shape}" for key, shape in shapes.items() if key not in expected]
     wrong = [
         f"shape: {key} is {tuple(shapes[key])}, expected {shape}"
@@ -156,7 +164,10 @@ def from_official(read: Callable[[str], np.ndarray], declaration: Any, num_layer
         return tensor if dtype is None else tensor.astype(dtype)
 
     def one(param: Param) -> jax.Array:
-        layers = [layer(param, key) for key in param.keys(num_layers)]
-        return jnp.asarray(np.stack(layers) if param.stacked else layers[0])
+        keys = param.keys(num_layers)
+        layers = {i: layer(param, key) for i, key in enumerate(keys) if i not in param.may_lack}
+        own = next(iter(layers.values())).dtype if layers else dtype or np.float32
+        stack = np.stack([layers[i] if i in layers else np.zeros(param.shape, own) for i in range(len(keys))])
+        return jnp.asarray(stack if param.stacked else stack[0])
 
     return jax.tree.map(one, declaration)

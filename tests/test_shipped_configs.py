@@ -1,4 +1,4 @@
-"""The configs in experiments/configs: all can be read, and the paper's models have the paper's numbers."""
+"""The configs in experiments/configs: all can be read, and released models have the numbers of their papers and code."""
 
 import re
 import shlex
@@ -21,6 +21,17 @@ PUBLISHED = {
     "3b": (32, 2560, "2.985e+09", "5.710e+09", 1.5e-4, 1e-5, 451),
     "7b": (32, 4096, "7.393e+09", "1.437e+10", 1.5e-4, 1e-5, 465),
     "14b": (40, 5120, "1.415e+10", "2.778e+10", 1e-4, 7e-6, 544),
+}
+
+# Released RWKV-7: layers, width, the sum of the low-rank widths (decay, in-context learning rate, value residual, gate), and
+# the name's parameters in 1e9.
+RELEASED = {
+    "0b1": (12, 768, 64 + 64 + 32 + 128, 0.1),
+    "0b4": (24, 1024, 64 + 64 + 32 + 128, 0.4),
+    "1b5": (24, 2048, 96 + 96 + 64 + 256, 1.5),
+    "2b9": (32, 2560, 96 + 96 + 64 + 320, 2.9),
+    "7b2": (32, 4096, 128 + 128 + 96 + 480, 7.2),
+    "13b3": (61, 4096, 128 + 128 + 96 + 480, 13.3),
 }
 
 
@@ -69,3 +80,33 @@ def test_the_papers_models_train_by_the_published_recipe(name, read):
     # A mini-epoch is 40320 sequences; 8043 of them are an epoch of the Pile.
     assert optim.constant_steps * data.batch_size == constant * 40320
     assert settings.run.steps * data.batch_size == 8043 * 40320
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_rwkv7_models_have_the_released_shape_and_size(name, read):
+    layers, width, ranks, billions = RELEASED[name]
+    model = read(f"rwkv7_{name}.toml").model
+    assert (model.num_layers, model.embed_dim, model.vocab_size) == (layers, width, 65536)
+    assert (model.head_dim, sum(model.ranks)) == (64, ranks)
+    upstream = 2 * 65536 * width + 4 * width + layers * (19 * width + 12 * width**2 + 2 * width * ranks)
+    # Upstream's formula, which counts layer 0's unused v0, v1 and v2 too.
+    assert count_params(model) == upstream
+    assert abs(count_params(model) / 1e9 - billions) < 0.1
+
+
+@pytest.mark.parametrize("name", [*RELEASED, "minipile"])
+def test_rwkv7_models_train_by_the_published_recipe(name, read):
+    settings = read(f"rwkv7_{name}.toml")
+    optim = settings.optim
+    assert (optim.b1, optim.b2, optim.eps, optim.clip_norm) == (0.9, 0.99, 1e-18, 1.0)
+    assert (optim.schedule, optim.warmup_steps, optim.warmup_start, optim.lr_multiples) == ("cosine", 10, 0.01, True)
+    assert optim.weight_decay == (0.001 if name == "minipile" else 0.1)
+    assert (settings.model.dtype, settings.data.tokenizer) == ("bfloat16", "world")
+
+
+def test_minipile_is_the_demo(read):
+    settings = read("rwkv7_minipile.toml")
+    model, data = settings.model, settings.data
+    assert (model.num_layers, model.embed_dim, data.context_length, data.batch_size) == (12, 768, 512, 16)
+    assert (settings.optim.lr, settings.optim.lr_final) == (6e-4, 6e-5)
+    assert settings.run.steps == 1_498_226_207 // (512 * 16)
