@@ -1,7 +1,20 @@
 """RWKV in JAX: pure functions `(params, config, inputs, state) -> (outputs, state)`."""
 
 from .lm import count_params, forward, hidden, init, init_state, unembed
-from .load import load
+from .load import load, load_state
 from .models.rwkv4 import RWKV4Config
+from .save import save, save_state
 
-__all__ = ["RWKV4Config", "count_params", "forward", "hidden", "init", "init_state", "load", "unembed"]
+__all__ = [
+    "RWKV4Config",
+    "count_params",
+    "forward",
+    "hidden",
+    "init",
+    "init_state",
+    "load",
+    "load_state",
+    "save",
+    "save_state",
+    "unembed",
+]

@@ -59,6 +59,15 @@ class Param:
         """The shape of one layer's tensor in an official checkpoint."""
         return {"same": self.shape, "transposed": self.shape[::-1], "1x1": (1, 1, *self.shape)}[self.layout]
 
+    def to_official(self, tensor: np.ndarray) -> np.ndarray:
+        """Returns one layer's tensor, which is ours, as an official checkpoint lays it out."""
+        tensor = tensor.T if self.layout == "transposed" else tensor
+        return np.ascontiguousarray(tensor).reshape(self.official_shape)
+
+    def from_official(self, tensor: np.ndarray) -> np.ndarray:
+        """Returns one layer's tensor, which is an official checkpoint's, as ours; a view where that can be."""
+        return tensor.T if self.layout == "transposed" else tensor.reshape(self.shape)
+
 
 def zeros(key: jax.Array, shape: tuple[int, ...], layer: int) -> jax.Array:
     """All 0."""
@@ -122,8 +131,7 @@ def to_official(params: Any, declaration: Any, num_layers: int) -> dict[str, np.
     for param, value in zip(jax.tree.leaves(declaration), jax.tree.leaves(params), strict=True):
         layers = np.asarray(value) if param.stacked else np.asarray(value)[None]
         for key, tensor in zip(param.keys(num_layers), layers, strict=True):
-            tensor = tensor.T if param.layout == "transposed" else tensor
-            tensors[key] = np.ascontiguousarray(tensor).reshape(param.official_shape)
+            tensors[key] = param.to_official(tensor)
     return tensors
 
 
@@ -138,25 +146,3 @@ def official_problems(shapes: Mapping[str, tuple[int, ...]], declaration: Any, n
         if key in shapes and tuple(shapes[key]) != shape
     ]
     return missing + extra + wrong
-
-
-def from_official(read: Callable[[str], np.ndarray], declaration: Any, num_layers: int, dtype: Any = None) -> Any:
-    """Returns parameters from an official checkpoint that has no `official_problems`.
-
-    Args:
-        read: Gives one tensor by its official key; called once a tensor, so that a file can stay on disk.
-        declaration: The model's.
-        num_layers: How many layers to read.
-        dtype: Of the result; None keeps each tensor's own.
-    """
-
-    def layer(param: Param, key: str) -> np.ndarray:
-        tensor = read(key)
-        tensor = tensor.T if param.layout == "transposed" else tensor.reshape(param.shape)
-        return tensor if dtype is None else tensor.astype(dtype)
-
-    def one(param: Param) -> jax.Array:
-        layers = [layer(param, key) for key in param.keys(num_layers)]
-        return jnp.asarray(np.stack(layers) if param.stacked else layers[0])
-
-    return jax.tree.map(one, declaration)
