@@ -4,8 +4,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from .convert.formats import is_huggingface, open_checkpoint
 from .convert.hub import locate
 from .convert.official import Shardings, config_in, float_dtype, shardings_of, to_params, weights
@@ -58,9 +56,8 @@ def load_state(path: str | Path, config: Config) -> Any:
 def _load_run(path: Path, dtype: Any, sharding: Any, ln_x_eps: float | None) -> tuple[Any, Config]:
     from .checkpoint import load_checkpoint  # Orbax takes seconds to import, and a file does not need it.
 
-    params, config, _ = load_checkpoint(path, dtype)
-    if sharding is not None:
-        params = jax.device_put(params, shardings_of(sharding, config))
+    where = None if sharding is None else lambda config: shardings_of(sharding, config)
+    params, config, _ = load_checkpoint(path, dtype, where)
     if ln_x_eps is not None and hasattr(config, "ln_x_eps"):
         config = dataclasses.replace(config, **{"ln_x_eps": ln_x_eps})
     return params, config
