@@ -3,10 +3,12 @@
 from .lm import count_params, forward, hidden, init, init_state, unembed
 from .load import load, load_state
 from .models.rwkv4 import RWKV4Config
+from .models.rwkv7 import RWKV7Config
 from .save import save, save_state
 
 __all__ = [
     "RWKV4Config",
+    "RWKV7Config",
     "count_params",
     "forward",
     "hidden",

@@ -40,6 +40,8 @@ class Param:
     decays: bool = False
     """Whether weight decay, if any, applies."""
     layout: Layout = "same"
+    may_lack: tuple[int, ...] = ()
+    """Layers that do not use theirs: official checkpoints may lack it, and it then loads as zeros."""
 
     @property
     def stacked(self) -> bool:
@@ -130,15 +132,20 @@ def to_official(params: Any, declaration: Any, num_layers: int) -> dict[str, np.
     tensors = {}
     for param, value in zip(jax.tree.leaves(declaration), jax.tree.leaves(params), strict=True):
         layers = np.asarray(value) if param.stacked else np.asarray(value)[None]
-        for key, tensor in zip(param.keys(num_layers), layers, strict=True):
-            tensors[key] = param.to_official(tensor)
+        for layer, (key, tensor) in enumerate(zip(param.keys(num_layers), layers, strict=True)):
+            if layer not in param.may_lack:
+                tensors[key] = param.to_official(tensor)
     return tensors
 
 
 def official_problems(shapes: Mapping[str, tuple[int, ...]], declaration: Any, num_layers: int) -> list[str]:
     """Returns a line for every missing, extra or mis-shaped tensor of an official checkpoint, given its shapes."""
-    expected = {key: param.official_shape for param in jax.tree.leaves(declaration) for key in param.keys(num_layers)}
-    missing = [f"missing: {key} {shape}" for key, shape in expected.items() if key not in shapes]
+    declared = jax.tree.leaves(declaration)
+    expected = {key: param.official_shape for param in declared for key in param.keys(num_layers)}
+    optional = {param.key.format(layer=layer) for param in declared for layer in param.may_lack}
+    missing = [
+        f"missing: {key} {shape}" for key, shape in expected.items() if key not in shapes and key not in optional
+    ]
     extra = [f"extra: {key} {shape}" for key, shape in shapes.items() if key not in expected]
     wrong = [
         f"shape: {key} is {tuple(shapes[key])}, expected {shape}"

@@ -3,6 +3,19 @@
 import rwkv_jax
 from rwkv_jax.models import ARCHITECTURES
 
-SMALL = {"rwkv4": rwkv_jax.RWKV4Config(vocab_size=29, num_layers=2, embed_dim=12, ffn_dim=20)}
+SMALL = {
+    "rwkv4": rwkv_jax.RWKV4Config(vocab_size=29, num_layers=2, embed_dim=12, ffn_dim=20),
+    "rwkv7": rwkv_jax.RWKV7Config(
+        vocab_size=29,
+        num_layers=3,
+        embed_dim=12,
+        ffn_dim=20,
+        head_dim=4,
+        decay_rank=3,
+        iclr_rank=5,
+        value_rank=2,
+        gate_rank=7,
+    ),
+}
 """By a name of its own; an architecture may stand here more than once."""
 assert {config.architecture for config in SMALL.values()} == ARCHITECTURES.keys()

@@ -129,12 +129,15 @@ def from_params(params: Any, config: Config) -> dict[str, Stored]:
     """
     declaration = module_of(config).declare(config)
     p.check_shapes(params, declaration, config.num_layers)
-    tensors = {}
+    tensors: dict[str, Stored] = {}
     for param, value in zip(jax.tree.leaves(declaration), jax.tree.leaves(params), strict=True):
         if value.dtype not in FLOATS.values():
             raise ValueError(f"{param.key} is {value.dtype}; files hold {', '.join(FLOATS)}")
         for layer, key in enumerate(param.keys(config.num_layers)):
-            tensors[key] = _layer(param, value, layer)
+            tensor = _layer(param, value, layer)
+            # What the model does not use is written only where there is something in it to give back.
+            if layer not in param.may_lack or tensor.read().any():
+                tensors[key] = tensor
     return tensors
 
 

@@ -11,15 +11,16 @@ A new version is a new file and a line in each of the two tables below.
 
 from types import ModuleType
 
-from . import rwkv4
+from . import rwkv4, rwkv7
 from .base import ModelConfig as Config
 from .base import Shapes
 from .rwkv4 import RWKV4Config
+from .rwkv7 import RWKV7Config
 
-ARCHITECTURES: dict[str, type[Config]] = {"rwkv4": RWKV4Config}
+ARCHITECTURES: dict[str, type[Config]] = {"rwkv4": RWKV4Config, "rwkv7": RWKV7Config}
 """Config class by the name in its `architecture` field."""
 
-_MODULES: dict[type[Config], ModuleType] = {RWKV4Config: rwkv4}
+_MODULES: dict[type[Config], ModuleType] = {RWKV4Config: rwkv4, RWKV7Config: rwkv7}
 
 
 def config_of(shapes: Shapes) -> Config:
