@@ -14,7 +14,15 @@ from rwkv_jax import params as p
 from rwkv_jax.models import module_of
 
 BACKENDS = ["scan", "parallel"]
-NAMES = ["4v0", "synthetic-4v0"]
+NAMES = [
+    "4v0",
+    "synthetic-4v0",
+    "5v1",
+    "synthetic-5v1",
+    "5v2",
+    "synthetic-5v2",
+    "synthetic-6v0",
+]
 FLOAT32, FLOAT64 = 1e-4, 1e-9
 """Absolute, on logits and states; a float32 state is held to it relative to its size, where that is above 1."""
 

@@ -83,7 +83,9 @@ def _check(r, k, v, w, u, state, reset, length):
     if k.ndim != 4 or 0 in k.shape:
         raise ValueError(f"wkv6: k has shape {k.shape}; it must be [B, T, H, K] with no empty axis")
     if v.ndim != 4 or 0 in v.shape or v.shape[:3] != k.shape[:3]:
-        raise ValueError(f"wkv6: v has shape {v.shape}; with k of shape {k.shape} it must be {k.shape[:3]} and V values")
+        raise ValueError(
+            f"wkv6: v has shape {v.shape}; with k of shape {k.shape} it must be {k.shape[:3]} and V values"
+        )
     batch_size, num_tokens, num_heads, key_dim = k.shape
     channel = (num_heads, key_dim)
     expected = {"r": (r, k.shape), "w": (w, channel if w.ndim == 2 else k.shape), "u": (u, channel)}
