@@ -50,7 +50,6 @@ def parallel(
     """
     num_tokens = k.shape[1]
     chunk = chunk_length(num_tokens)
-    w = jnp.maximum(w, LEAST_LOG_DECAY)
     if w.ndim == 2:  # All rows share one decay, and its exponentials.
         w = jnp.broadcast_to(w, (1, num_tokens, *w.shape))
     if length is not None:  # r, k and v of other tokens are 0: without decay too they do nothing.
@@ -103,7 +102,7 @@ _wkv.defvjp(_wkv_fwd, _wkv_bwd)
 
 def _chunk(r, k, v, w, u, state, reset):
     """One chunk: r, k, v [B, H, C, *], w [B or 1, H, C, K], state [B, H, K, V], reset [B, C] or None -> (y, state)."""
-    chunk = r.shape[2]
+    chunk, w = r.shape[2], jnp.maximum(w, LEAST_LOG_DECAY)
     before, after, levels, pairs = _sums(chunk, w.dtype)
     past, future = (jnp.exp(_einsum("ts,bhsk->bhtk", sums, w)) for sums in (before, after))
     r_past, k_future, kept = r * past, k * future, jnp.exp(w.sum(2))[..., None]
