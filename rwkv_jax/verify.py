@@ -2,7 +2,7 @@
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"within the rounding of {options.dtype}")
 
 
-def verify(params: Any, config: Config, tokens: np.ndarray, dtype: str, backend: str | None = None) -> Any:
+def verify(params: Any, config: Config, tokens: np.ndarray, dtype: str, backend: str | None = None) -> Iterator[Row]:
     """Yields a `Row` for each layer and one for the logits. To be used with jax_enable_x64.
 
     Each layer is given what the float64 run has there, so that its error is its own; the logits are those of whole runs.

@@ -2,11 +2,10 @@
 
 from typing import Any, BinaryIO
 
-import ml_dtypes
 import numpy as np
 
 from .progress import progress
-from .stored import Tensors
+from .stored import FLOATS, Tensors
 
 
 def write(file: BinaryIO, tensors: Tensors) -> None:
@@ -30,6 +29,6 @@ def write(file: BinaryIO, tensors: Tensors) -> None:
 
 
 def _tensor(torch: Any, values: np.ndarray) -> Any:
-    if values.dtype == ml_dtypes.bfloat16:  # torch takes no bfloat16 of numpy's, but its bits.
+    if values.dtype == FLOATS["bfloat16"]:  # torch takes no bfloat16 of numpy's, but its bits.
         return torch.from_numpy(np.array(values.view(np.int16))).view(torch.bfloat16)
     return torch.from_numpy(np.array(values))  # A copy: torch wants to be able to write to it.

@@ -14,10 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
-from .stored import Checkpoint, Stored, mapped
+from .stored import FLOATS, Checkpoint, Stored, mapped
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 """First value of an older file (torch.serialization.MAGIC_NUMBER)."""
@@ -27,7 +26,7 @@ _STORAGES = {
     "DoubleStorage": np.dtype(np.float64),
     "FloatStorage": np.dtype(np.float32),
     "HalfStorage": np.dtype(np.float16),
-    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "BFloat16Storage": FLOATS["bfloat16"],
     "LongStorage": np.dtype(np.int64),
     "IntStorage": np.dtype(np.int32),
     "ShortStorage": np.dtype(np.int16),

@@ -23,8 +23,8 @@ def to_state(tensors: Tensors, config: Config, origin: Any) -> Any:
     Raises:
         ValueError: The version has no such state, or some are missing, extra or mis-shaped (all are listed).
     """
-    zero = module_of(config).init_state(config, 1, jnp.float32)
     as_ours = _layout(config)
+    zero = module_of(config).init_state(config, 1, jnp.float32)
     num_layers, _, *shape = zero.wkv.shape
     found = {key: tensor for key, tensor in tensors.items() if TIME_STATE.fullmatch(key)}
     expected = [_key(layer) for layer in range(num_layers)]

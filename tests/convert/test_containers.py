@@ -30,7 +30,10 @@ import rwkv_jax
 from rwkv_jax.convert.formats import open_checkpoint
 
 CONFIG = rwkv_jax.RWKV4Config(vocab_size=17, num_layers=2, embed_dim=6)
-SOURCES = references(*(f"{kind}-rwkv-{v}" for kind in ("tiny", "synthetic") for v in ("4v0", "5v1", "5v2", "6v0", "7v0")))
+SOURCES = references(
+    *(f"tiny-rwkv-{version}" for version in ("4v0", "5v1", "5v2", "7v0")),
+    *(f"synthetic-rwkv-{version}" for version in ("4v0", "5v1", "5v2", "6v0", "7v0")),
+)
 CONTAINERS = references(
     "synthetic-rwkv-4v0-legacy.pth",
     "tiny-rwkv-4v0-bfloat16.pth",
@@ -81,8 +84,6 @@ def test_a_container_gives_the_parameters_and_logits_of_the_original(name, share
 @pytest.mark.parametrize("container", WRITERS)
 def test_weights_written_by_another_program_give_the_same_logits(container, name, shared, tmp_path):
     file, expected = original(shared, name)
-    if not file.exists():
-        pytest.skip(f"no {file.name} in the reference data")
     tensors = safetensors.numpy.load_file(file)
     WRITERS[container](tmp_path / "weights", tensors)
     params, config = rwkv_jax.load(tmp_path / "weights", ln_x_eps=float(expected["ln_x_eps"]))

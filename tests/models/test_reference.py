@@ -71,7 +71,7 @@ def test_random_weights_equal_the_numpy_oracle(name, backend, x64):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_numpy_oracle_equals_the_reference(name, shared):
+def test_the_numpy_oracle_equals_the_reference(name, shared, x64):
     weights, _, config, expected = load_reference(shared, name, np.float64)
     logits, state = ORACLES[config.architecture](weights, expected["tokens"][:200], **options(config))
     np.testing.assert_allclose(logits, expected["logits"][:200], rtol=0, atol=FLOAT64)
