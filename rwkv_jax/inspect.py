@@ -57,9 +57,7 @@ def describe(path: str | Path) -> str:
 
 
 def _sizes(config: Config) -> dict[str, object]:
-    values = {
-        f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in _NOT_SIZES
-    }
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in _NOT_SIZES}
     return {name: value for name, value in values.items() if value is not None}
 
 

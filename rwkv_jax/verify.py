@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -51,7 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="Runs a model in a dtype and backend against a float64 run of the scan, layer by layer.",
     )
     parser.add_argument("file", metavar="FILE", help="whatever rwkv_jax.load reads")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of activations and weights (default: %(default)s)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="of activations and weights (default: %(default)s)"
+    )
     parser.add_argument("--backend", help="of the WKV operator (default: the best here)")
     parser.add_argument("--text", help="what to run it on, in the model's tokenizer (default: random tokens)")
     parser.add_argument("--tokens", type=int, default=128, help="how many random tokens (default: %(default)s)")
@@ -90,8 +93,7 @@ def verify(params: Any, config: Config, tokens: np.ndarray, dtype: str, backend:
     # float64 parameters compute everything in float64, whatever the config says.
     checked = dataclasses.replace(config, dtype="bfloat16" if dtype == "bfloat16" else "float32")
     unit = float(jnp.finfo(kind).eps)
-    wide = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), tree)  # noqa: E731
-    narrow = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, kind), tree)  # noqa: E731
+    wide, narrow = partial(_cast, dtype=jnp.float64), partial(_cast, dtype=kind)
     state_dtype = jnp.promote_types(kind, jnp.float32)
 
     @jax.jit
@@ -133,12 +135,22 @@ def _layer(tree: Any, layer: int) -> Any:
     return jax.tree.map(lambda x: x[layer], tree)
 
 
+def _cast(tree: Any, dtype: Any) -> Any:
+    """The tree with its real numbers in another type; the depth may hold an index beside them."""
+    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+
 def _moved(key: jax.Array, tree: Any, unit: float) -> Any:
-    """The tree with every number moved at random by up to one unit of rounding."""
+    """The tree with every real number moved at random by up to one unit of rounding."""
     leaves, structure = jax.tree.flatten(tree)
     keys = jax.random.split(key, max(len(leaves), 1))
-    moved = [x * (1 + unit * jax.random.uniform(k, x.shape, x.dtype, -1, 1)) for k, x in zip(keys, leaves, strict=True)]
-    return structure.unflatten(moved)
+
+    def one(own_key: jax.Array, x: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        return x * (1 + unit * jax.random.uniform(own_key, x.shape, x.dtype, -1, 1))
+
+    return structure.unflatten([one(k, x) for k, x in zip(keys, leaves, strict=True)])
 
 
 def _relative(found: Any, expected: Any, contribution: Any, unit: float) -> float:

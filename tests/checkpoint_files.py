@@ -51,7 +51,12 @@ def with_eps(config, eps):
     return dataclasses.replace(config, ln_x_eps=eps) if hasattr(config, "ln_x_eps") else config
 
 
-STORAGES = {"float32": "FloatStorage", "float16": "HalfStorage", "bfloat16": "BFloat16Storage", "float64": "DoubleStorage"}
+STORAGES = {
+    "float32": "FloatStorage",
+    "float16": "HalfStorage",
+    "bfloat16": "BFloat16Storage",
+    "float64": "DoubleStorage",
+}
 
 
 def text(value):

@@ -42,8 +42,8 @@ def _open_file(path: Path) -> Checkpoint:
         if container.begins(head):
             return container.read(path)
     raise ValueError(
-        f"{path}: truncated, or no format that is known here: it begins with {head!r}; what can be read is .safetensors, torch's .pth, "
-        "rwkv.cpp's .bin, Hugging Face folders and runs of this library"
+        f"{path}: truncated, or no format that is known here: it begins with {head!r}; what can be read is .safetensors, "
+        "torch's .pth, rwkv.cpp's .bin, Hugging Face folders and runs of this library"
     )
 
 

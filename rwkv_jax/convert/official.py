@@ -12,6 +12,7 @@ from jax.sharding import Sharding
 
 from .. import params as p
 from ..models import Config, config_of, module_of
+from .placement import placed
 from .progress import progress
 from .stored import FLOATS, Checkpoint, Stored, Tensors
 
@@ -22,8 +23,6 @@ TIME_STATE = re.compile(r"blocks\.\d+\.att\.time_state")
 
 Shardings = Sharding | Callable[[p.Param], Sharding] | Any
 """Of every parameter: one for all, a function of the declaration, or a tree like the parameters."""
-_ALIGNMENT = 64
-"""Bytes; JAX's CPU backend takes over a numpy array that is aligned to this without copying it."""
 
 
 def config_in(checkpoint: Checkpoint, origin: Any, ln_x_eps: float | None = None) -> Config:
@@ -72,12 +71,12 @@ def float_dtype(dtype: Any) -> np.dtype | None:
     if dtype is None:
         return None
     try:
-        found = np.dtype(jnp.dtype(dtype))
+        name = jnp.dtype(dtype).name
     except TypeError:
-        found = None
-    if found not in FLOATS.values():
+        name = None
+    if name not in FLOATS:
         raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(FLOATS)}")
-    return found
+    return FLOATS[name]
 
 
 def to_params(tensors: Tensors, config: Config, dtype: Any = None, sharding: Shardings | None = None) -> Any:
@@ -107,7 +106,7 @@ def to_params(tensors: Tensors, config: Config, dtype: Any = None, sharding: Sha
             raise ValueError(
                 f"{param.key} would be float64, which JAX has only with jax_enable_x64; set it, or give dtype='float32'"
             )
-        array = _placed(param, layers, config.num_layers, own, where)
+        array = placed(param, layers, config.num_layers, own, where)
         bar.update(sum(tensor.num_bytes for tensor in layers if tensor is not None))
         return array
 
@@ -150,7 +149,7 @@ def _layer(param: p.Param, value: Any, layer: int) -> Stored:
     return Stored(param.official_shape, dtype, dtype.name, read)
 
 
-def _shardings(sharding: Shardings | None, declaration: Any) -> list[Sharding | None]:
+def _shardings(sharding: Any, declaration: Any) -> list[Any]:
     declared = jax.tree.leaves(declaration)
     if sharding is None or isinstance(sharding, Sharding):
         return [sharding] * len(declared)
@@ -162,49 +161,3 @@ def _shardings(sharding: Shardings | None, declaration: Any) -> list[Sharding | 
             f"sharding is {given}; give a Sharding, a function from Param to Sharding, or a tree like the parameters: {expected}"
         )
     return jax.tree.leaves(sharding)
-
-
-def _placed(
-    param: p.Param, layers: list[Stored | None], num_layers: int, dtype: np.dtype, sharding: Sharding | None
-) -> jax.Array:
-    """One parameter on its devices; every tensor is read once, whatever the number of devices."""
-    shape = param.stacked_shape(num_layers)
-    if sharding is None:
-        whole = _buffer(shape, dtype)
-        _fill([(whole, (slice(None),) * len(shape))], param, layers)
-        return jax.block_until_ready(jax.device_put(whole, may_alias=True))
-    where = sharding.addressable_devices_indices_map(shape)
-    shards: dict[tuple[tuple[int, int, int], ...], np.ndarray] = {}
-    pieces = []
-    for index in where.values():
-        spans = tuple(span.indices(size) for span, size in zip(index, shape, strict=True))
-        if spans not in shards:
-            shards[spans] = _buffer(tuple(stop - start for start, stop, _ in spans), dtype)
-            pieces.append((shards[spans], tuple(slice(*span) for span in spans)))
-    _fill(pieces, param, layers)
-    on_devices = []
-    for device, index in where.items():
-        spans = tuple(span.indices(size) for span, size in zip(index, shape, strict=True))
-        on_devices.append(jax.block_until_ready(jax.device_put(shards[spans], device, may_alias=True)))
-    return jax.make_array_from_single_device_arrays(shape, sharding, on_devices)
-
-
-def _fill(pieces: list[tuple[np.ndarray, tuple[slice, ...]]], param: p.Param, layers: list[Stored | None]) -> None:
-    """Writes each piece, a buffer and the part of the parameter that it is."""
-    for layer, stored in enumerate(layers):
-        if stored is None:  # A tensor that the model does not use, and that checkpoints may leave out.
-            tensor = np.zeros(param.shape, np.float32)
-        else:
-            tensor = param.from_official(stored.read())
-        for buffer, index in pieces:
-            if not param.stacked:
-                buffer[...] = tensor[index]
-            elif layer in range(*index[0].indices(len(layers))):
-                buffer[layer - (index[0].start or 0)] = tensor[index[1:]]
-
-
-def _buffer(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    num_bytes = int(np.prod(shape)) * dtype.itemsize
-    raw = np.empty(num_bytes + _ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT
-    return raw[start : start + num_bytes].view(dtype).reshape(shape)

@@ -55,7 +55,7 @@ def read(path: Path) -> Checkpoint:
 
 
 def _read(path: Path, file: BinaryIO) -> tuple[int, dict[str, Stored]]:
-    _, version, vocab_size, width, layers, kind = struct.unpack("<4s5i", file.read(24))
+    _, version, vocab_size, width, layers, _ = struct.unpack("<4s5i", file.read(24))
     if version not in _VERSIONS:
         raise ValueError(f"{path}: version {version} of rwkv.cpp's format; only {_VERSIONS} can be read")
     tensors: dict[str, Stored] = {}

@@ -53,9 +53,7 @@ def read(path: Path) -> Checkpoint:
         tensors = {key: _stored(path, start, room, entry) for key, entry in header.items()}
         return Checkpoint("safetensors", tensors, float(metadata[_EPS]) if _EPS in metadata else None)
     except (ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError) as error:
-        raise ValueError(
-            f"{path}: truncated, or not a safetensors file ({error}); fetch or convert it again"
-        ) from None
+        raise ValueError(f"{path}: truncated, or not a safetensors file ({error}); fetch or convert it again") from None
 
 
 def write(file: BinaryIO, tensors: Tensors, ln_x_eps: float | None = None) -> None:

@@ -76,7 +76,9 @@ def read(path: Path) -> Checkpoint:
         try:
             content, offsets = (_read_zip if zipped else _read_older)(file)
             tensors = {
-                key: _stored(path, offsets, tensor) for key, tensor in _state_dict(content).items() if key != "_metadata"
+                key: _stored(path, offsets, tensor)
+                for key, tensor in _state_dict(content).items()
+                if key != "_metadata"
             }
         except _Refused as error:
             raise ValueError(f"{path}: {error}") from None
@@ -93,7 +95,9 @@ def _read_zip(file: BinaryIO) -> tuple[Any, Callable[[_Storage], int]]:
         entries = {entry.filename: entry for entry in archive.infolist()}
         names = [name for name in entries if name.endswith("/data.pkl")]
         if len(names) != 1:
-            raise _Refused(f"a zip archive with {len(names)} data.pkl in it, not one; it is no checkpoint of torch.save")
+            raise _Refused(
+                f"a zip archive with {len(names)} data.pkl in it, not one; it is no checkpoint of torch.save"
+            )
         root = names[0].removesuffix("data.pkl")
         if f"{root}byteorder" in entries and archive.read(f"{root}byteorder") != b"little":
             raise _Refused("its numbers are big-endian; save it again on another machine")

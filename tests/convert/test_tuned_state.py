@@ -27,7 +27,9 @@ def time_states(config):
     return {f"blocks.{i}.att.time_state": rng.normal(size=shape).astype(np.float32) for i in range(layers)}
 
 
-@pytest.mark.parametrize("write", [write_torch, lambda path, t: safetensors.numpy.save_file(t, path)], ids=["pth", "st"])
+@pytest.mark.parametrize(
+    "write", [write_torch, lambda path, t: safetensors.numpy.save_file(t, path)], ids=["pth", "st"]
+)
 def test_a_file_becomes_a_state_with_our_axes(write, config, tmp_path):
     tensors = time_states(config)
     write(tmp_path / "s", tensors)
