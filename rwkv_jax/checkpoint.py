@@ -143,35 +143,52 @@ def is_checkpoint(path: str | Path) -> bool:
     return _find(Path(path)) is not None
 
 
-def load_checkpoint(path: str | Path, dtype: Any = None) -> tuple[Any, Config, Settings]:
+def load_checkpoint(
+    path: str | Path, dtype: Any = None, shardings: Callable[[Config], Any] | None = None
+) -> tuple[Any, Config, Settings]:
     """Returns the parameters, model config and settings in a checkpoint of ours.
 
     Args:
         path: A run's folder or its `checkpoints` (the newest one is taken), or the folder of one step.
         dtype: Of the parameters; None keeps float32.
+        shardings: Gives the model's sharding of each parameter; None is the first device.
 
     Raises:
         FileNotFoundError: There is no whole checkpoint at `path`.
         ValueError: It is damaged.
     """
+    config, settings = load_settings(path)
+    folder = _folder(path)
+    shapes = jax.eval_shape(lambda: init(jax.random.key(0), config))
+    first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    where = jax.tree.map(lambda _: first, shapes) if shardings is None else shardings(config)
+    shapes = jax.tree.map(lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own), shapes, where)
+    params = _restore_item(folder, "params", ocp.args.StandardRestore(shapes))
+    if dtype is not None:
+        params = jax.tree.map(lambda x: x.astype(dtype), params)
+    return params, config, settings
+
+
+def load_settings(path: str | Path) -> tuple[Config, Settings]:
+    """Returns the model config and settings in a checkpoint of ours, without its weights; path and errors as in `load_checkpoint`."""
+    folder = _folder(path)
+    settings = configs.from_dict(_restore_item(folder, "settings", ocp.args.JsonRestore()), str(folder))
+    return dataclasses.replace(settings.model, tokenizer=settings.data.tokenizer), settings
+
+
+def _folder(path: str | Path) -> Path:
     found = _find(Path(path))
     if found is None:
         raise FileNotFoundError(
             f"{path}: no whole checkpoint here; give a run's folder, or one of its checkpoints/STEP"
         )
-    folder = found[0].resolve() / str(found[1])
+    return found[0].resolve() / str(found[1])
+
+
+def _restore_item(folder: Path, name: str, how: Any) -> Any:
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-
-        def restore(**items: Any) -> Any:
-            return checkpointer.restore(folder, args=ocp.args.Composite(**items))
-
-        values = _restore(folder, partial(restore, settings=ocp.args.JsonRestore()))["settings"]
-        settings = configs.from_dict(values, str(folder))
-        shapes = _on_device(jax.eval_shape(lambda: init(jax.random.key(0), settings.model)))
-        params = _restore(folder, partial(restore, params=ocp.args.StandardRestore(shapes)))["params"]
-    if dtype is not None:
-        params = jax.tree.map(lambda x: x.astype(dtype), params)
-    return params, dataclasses.replace(settings.model, tokenizer=settings.data.tokenizer), settings
+        restore = partial(checkpointer.restore, folder, args=ocp.args.Composite(**{name: how}))
+        return _restore(folder, restore)[name]
 
 
 def _split(train_state: TrainState) -> tuple[Any, dict[str, Any]]:
@@ -179,11 +196,6 @@ def _split(train_state: TrainState) -> tuple[Any, dict[str, Any]]:
     if not isinstance(train_state.key, jax.ShapeDtypeStruct):
         state = state._replace(key=jax.random.key_data(train_state.key))
     return state.params, {"step": state.step, "opt_state": state.opt_state, "key": state.key}
-
-
-def _on_device(shapes: Any) -> Any:
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
 
 
 def _restore(folder: Path, restore: Callable[[], Any]) -> Any:

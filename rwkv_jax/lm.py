@@ -42,7 +42,7 @@ def flops_per_token(config: Config) -> int:
     Training costs three times as much. Source: arXiv 2305.13048, appendix B.
     """
     declared = jax.tree.leaves(module_of(config).declare(config))
-    matrices = [param for param in declared if len(param.shape) == 2 and param.axes[0] != "vocab"]
+    matrices = [param for param in declared if len(param.shape) >= 2 and param.axes[0] not in ("vocab", "heads")]
     return 2 * sum(int(np.prod(param.stacked_shape(config.num_layers))) for param in matrices)
 
 

@@ -41,7 +41,7 @@ class Param:
     """Whether weight decay, if any, applies."""
     layout: Layout = "same"
     may_lack: tuple[int, ...] = ()
-    """Layers that do not use theirs: official checkpoints may lack it, it is neither read nor written, and loads as zeros."""
+    """Layers that do not use theirs: official checkpoints may lack it, and it then loads as zeros."""
 
     @property
     def stacked(self) -> bool:
@@ -60,6 +60,15 @@ class Param:
     def official_shape(self) -> tuple[int, ...]:
         """The shape of one layer's tensor in an official checkpoint."""
         return {"same": self.shape, "transposed": self.shape[::-1], "1x1": (1, 1, *self.shape)}[self.layout]
+
+    def to_official(self, tensor: np.ndarray) -> np.ndarray:
+        """Returns one layer's tensor, which is ours, as an official checkpoint lays it out."""
+        tensor = tensor.T if self.layout == "transposed" else tensor
+        return np.ascontiguousarray(tensor).reshape(self.official_shape)
+
+    def from_official(self, tensor: np.ndarray) -> np.ndarray:
+        """Returns one layer's tensor, which is an official checkpoint's, as ours; a view where that can be."""
+        return tensor.T if self.layout == "transposed" else tensor.reshape(self.shape)
 
 
 def zeros(key: jax.Array, shape: tuple[int, ...], layer: int) -> jax.Array:
@@ -124,10 +133,8 @@ def to_official(params: Any, declaration: Any, num_layers: int) -> dict[str, np.
     for param, value in zip(jax.tree.leaves(declaration), jax.tree.leaves(params), strict=True):
         layers = np.asarray(value) if param.stacked else np.asarray(value)[None]
         for layer, (key, tensor) in enumerate(zip(param.keys(num_layers), layers, strict=True)):
-            if layer in param.may_lack:
-                continue
-            tensor = tensor.T if param.layout == "transposed" else tensor
-            tensors[key] = np.ascontiguousarray(tensor).reshape(param.official_shape)
+            if layer not in param.may_lack:
+                tensors[key] = param.to_official(tensor)
     return tensors
 
 
@@ -146,28 +153,3 @@ def official_problems(shapes: Mapping[str, tuple[int, ...]], declaration: Any, n
         if key in shapes and tuple(shapes[key]) != shape
     ]
     return missing + extra + wrong
-
-
-def from_official(read: Callable[[str], np.ndarray], declaration: Any, num_layers: int, dtype: Any = None) -> Any:
-    """Returns parameters from an official checkpoint that has no `official_problems`.
-
-    Args:
-        read: Gives one tensor by its official key; called once a tensor, so that a file can stay on disk.
-        declaration: The model's.
-        num_layers: How many layers to read.
-        dtype: Of the result; None keeps each tensor's own.
-    """
-
-    def layer(param: Param, key: str) -> np.ndarray:
-        tensor = read(key)
-        tensor = tensor.T if param.layout == "transposed" else tensor.reshape(param.shape)
-        return tensor if dtype is None else tensor.astype(dtype)
-
-    def one(param: Param) -> jax.Array:
-        keys = param.keys(num_layers)
-        layers = {i: layer(param, key) for i, key in enumerate(keys) if i not in param.may_lack}
-        own = next(iter(layers.values())).dtype if layers else dtype or np.float32
-        stack = np.stack([layers[i] if i in layers else np.zeros(param.shape, own) for i in range(len(keys))])
-        return jnp.asarray(stack if param.stacked else stack[0])
-
-    return jax.tree.map(one, declaration)

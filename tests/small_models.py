@@ -3,13 +3,14 @@
 import rwkv_jax
 from rwkv_jax.models import ARCHITECTURES
 
+SIZE = {"vocab_size": 29, "num_layers": 2, "embed_dim": 12, "ffn_dim": 20}
 SMALL = {
-    "rwkv4": rwkv_jax.RWKV4Config(vocab_size=29, num_layers=2, embed_dim=12, ffn_dim=20),
+    "rwkv4": rwkv_jax.RWKV4Config(**SIZE),
+    "rwkv5.1": rwkv_jax.RWKV5Config(**SIZE, head_dim=4, variant="5.1"),
+    "rwkv5.2": rwkv_jax.RWKV5Config(**SIZE, head_dim=4),
+    "rwkv6": rwkv_jax.RWKV6Config(**SIZE, head_dim=4, mix_rank=3, decay_rank=5),
     "rwkv7": rwkv_jax.RWKV7Config(
-        vocab_size=29,
-        num_layers=3,
-        embed_dim=12,
-        ffn_dim=20,
+        **{**SIZE, "num_layers": 3},
         head_dim=4,
         decay_rank=3,
         iclr_rank=5,

@@ -11,16 +11,28 @@ A new version is a new file and a line in each of the two tables below.
 
 from types import ModuleType
 
-from . import rwkv4, rwkv7
+from . import rwkv4, rwkv5, rwkv6, rwkv7
 from .base import ModelConfig as Config
 from .base import Shapes
 from .rwkv4 import RWKV4Config
+from .rwkv5 import RWKV5Config
+from .rwkv6 import RWKV6Config
 from .rwkv7 import RWKV7Config
 
-ARCHITECTURES: dict[str, type[Config]] = {"rwkv4": RWKV4Config, "rwkv7": RWKV7Config}
+ARCHITECTURES: dict[str, type[Config]] = {
+    "rwkv4": RWKV4Config,
+    "rwkv5": RWKV5Config,
+    "rwkv6": RWKV6Config,
+    "rwkv7": RWKV7Config,
+}
 """Config class by the name in its `architecture` field."""
 
-_MODULES: dict[type[Config], ModuleType] = {RWKV4Config: rwkv4, RWKV7Config: rwkv7}
+_MODULES: dict[type[Config], ModuleType] = {
+    RWKV4Config: rwkv4,
+    RWKV5Config: rwkv5,
+    RWKV6Config: rwkv6,
+    RWKV7Config: rwkv7,
+}
 
 
 def config_of(shapes: Shapes) -> Config:

@@ -45,8 +45,18 @@ class ModelConfig:
             raise ValueError(f"model.embed_init is {self.embed_init}; it must be positive")
 
 
-def common_fields(shapes: Shapes, ffn_multiple: int) -> dict[str, Any]:
+def rounded_width(embed_dim: int, multiple: int | float, step: int) -> int:
+    """Returns multiple * embed_dim rounded down to a multiple of `step`, which it is at least."""
+    return max(int(multiple * embed_dim) // step * step, step)
+
+
+def common_fields(shapes: Shapes, ffn_multiple: int | float, ffn_step: int = 1) -> dict[str, Any]:
     """Returns the fields of a config that every version's official checkpoint shows alike.
+
+    Args:
+        shapes: The checkpoint's.
+        ffn_multiple: The version's own hidden width of the channel mix, in multiples of embed_dim.
+        ffn_step: What that is rounded down to a multiple of.
 
     Raises:
         ValueError: emb.weight or the channel mix's key is missing or not a matrix.
@@ -61,6 +71,6 @@ def common_fields(shapes: Shapes, ffn_multiple: int) -> dict[str, Any]:
         "vocab_size": vocab_size,
         "num_layers": max(layers) + 1,
         "embed_dim": embed_dim,
-        "ffn_dim": None if ffn_dim == ffn_multiple * embed_dim else ffn_dim,
+        "ffn_dim": None if ffn_dim == rounded_width(embed_dim, ffn_multiple, ffn_step) else ffn_dim,
         "tokenizer": TOKENIZERS.get(vocab_size),
     }

@@ -8,6 +8,19 @@ def layer_norm(x, weights, name):
     return centred / np.sqrt((centred**2).mean() + 1e-5) * weights[f"{name}.weight"] + weights[f"{name}.bias"]
 
 
+def group_norm(x, weights, name, eps):
+    """Of heads [H, V], joined."""
+    centred = x - x.mean(1, keepdims=True)
+    normal = centred / np.sqrt((centred**2).mean(1, keepdims=True) + eps)
+    return normal.reshape(-1) * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+
+def head_shape(per_head, width):
+    """(heads, size of each) of a model whose `per_head` tensor has a leading axis of heads."""
+    heads = np.shape(per_head)[0]
+    return heads, width // heads
+
+
 def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
