@@ -74,7 +74,8 @@ def _wkv(r, k, v, w, u, state, reset):
 
 def _wkv_fwd(r, k, v, w, u, state, reset):
     def step(state, inputs):
-        y, new = _chunk(*inputs[:4], u, state, inputs[4])
+        r, k, v, w, reset = inputs
+        y, new = _chunk(r, k, v, w, u, state, reset)
         return new, (y, state)
 
     final, (y, entries) = lax.scan(step, state, (r, k, v, w, reset))
@@ -88,7 +89,7 @@ def _wkv_bwd(residuals, cotangents):
     def step(carry, inputs):
         gstate, gu = carry
         (r, k, v, w, reset), state, gy = inputs
-        _, pullback = jax.vjp(lambda *x: _chunk(*x, reset), r, k, v, w, u, state)
+        _, pullback = jax.vjp(partial(_chunk, reset=reset), r, k, v, w, u, state)
         *gtokens, gu_here, gstate = pullback((gy, gstate))
         return (gstate, gu + gu_here), gtokens
 
