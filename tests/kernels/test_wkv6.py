@@ -128,6 +128,20 @@ def test_a_tokens_own_decay_touches_only_later_outputs(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_token_that_is_not_finite_spoils_no_earlier_token_and_none_after_a_reset(value, backend):
+    r, k, v, w, u = as_float32(cases.make(cases.Case(num_tokens=40)))
+    reset = jnp.zeros((2, 40), bool).at[:, 30].set(True)
+    clean, final = wkv6(r, k, v, w, u, reset=reset, backend=backend)
+    y, state = wkv6(r, k, v.at[0, 25].set(value), w, u, reset=reset, backend=backend)
+    outside = np.ones((2, 40), bool)
+    outside[0, 25:30] = False
+    np.testing.assert_array_equal(y[outside], clean[outside])
+    np.testing.assert_array_equal(state, final)
+    assert not np.isfinite(y[0, 25:30]).any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_padding_past_length_has_no_effect_and_no_gradient(backend):
     *tokens, u = as_float32(cases.make(cases.Case(batch_size=2, num_tokens=30)))
     length = jnp.array([13, 30])
@@ -200,8 +214,9 @@ def test_backward_stores_one_state_a_chunk_and_nothing_of_a_chunk():
     num_tokens, dim = 256, 8
     k = jnp.ones((1, num_tokens, 1, dim))
     _, pullback = jax.vjp(lambda *x: wkv6(*x, backend="parallel")[0], k, k, k, -k, k[0, 0])
-    stored = sum(x.size for x in jax.tree.leaves(pullback))
-    assert stored <= 4 * k.size + num_tokens // MAX_CHUNK * dim * dim + 2 * dim + 2 * dim * dim
+    stored = sum(x.nbytes for x in jax.tree.leaves(pullback))
+    masks = 2 * k.size + 4 * num_tokens + dim * dim  # a byte each
+    assert stored <= 4 * (4 * k.size + num_tokens // MAX_CHUNK * dim * dim + 2 * dim * dim) + masks
 
 
 def test_scan_has_no_custom_vjp_and_takes_forward_mode_and_hessians():

@@ -50,15 +50,19 @@ def parallel(
     """
     num_tokens = k.shape[1]
     chunk = chunk_length(num_tokens)
-    if w.ndim == 2:  # All rows share one decay, and its exponentials.
-        w = jnp.broadcast_to(w, (1, num_tokens, *w.shape))
     if length is not None:  # r, k and v of other tokens are 0: without decay too they do nothing.
         valid = jnp.arange(num_tokens) < length[:, None]
         w = jnp.where(valid[..., None, None], w, 0)
         reset = None if reset is None else reset & valid
-    r, k, v, w = (_split(x, chunk).swapaxes(2, 3) for x in (r, k, v, w))
-    y, state = _wkv(r, k, v, w, u, state, None if reset is None else _split(reset, chunk))
-    return y.transpose(1, 0, 3, 2, 4).reshape(y.shape[1], -1, *y.shape[2::2])[:, :num_tokens], state
+    bad = ~jnp.isfinite(sum(x.sum((2, 3)) for x in (r, k, v))) | jnp.isnan(w.sum((-2, -1)))
+    if w.ndim == 2:  # All rows share one decay, and its exponentials.
+        w = jnp.broadcast_to(w, (1, num_tokens, *w.shape))
+    tokens = (_split(x, chunk).swapaxes(2, 3) for x in (r, k, v, w))
+    marks = _split(bad, chunk), None if reset is None else _split(reset, chunk)
+    y, state = _wkv(*tokens, u, state, *marks)
+    y = y.transpose(1, 0, 3, 2, 4).reshape(*v.shape[:1], -1, *v.shape[2:])[:, :num_tokens]
+    spoilt = _spoilt(bad, reset)[..., None, None]
+    return jnp.where(spoilt, jnp.nan, y), jnp.where(spoilt[:, -1:], jnp.nan, state)
 
 
 def chunk_length(num_tokens: int) -> int:
@@ -67,42 +71,45 @@ def chunk_length(num_tokens: int) -> int:
 
 
 @jax.custom_vjp
-def _wkv(r, k, v, w, u, state, reset):
-    """WKV of chunks: r, k, v [N, B, H, C, *], w [N, B or 1, H, C, K], reset [N, B, C] or None -> y [N, B, H, C, V] and state."""
-    return _wkv_fwd(r, k, v, w, u, state, reset)[0]
+def _wkv(r, k, v, w, u, state, bad, reset):
+    """WKV of N chunks: y [N, B, H, C, V] and the state; arguments as in `_chunk`, with a leading N but for u and state."""
+    return _wkv_fwd(r, k, v, w, u, state, bad, reset)[0]
 
 
-def _wkv_fwd(r, k, v, w, u, state, reset):
+def _wkv_fwd(r, k, v, w, u, state, bad, reset):
     def step(state, inputs):
-        y, new = _chunk(*inputs[:4], u, state, inputs[4])
+        r, k, v, w, bad, reset = inputs
+        y, new = _chunk(r, k, v, w, u, state, bad, reset)
         return new, (y, state)
 
-    final, (y, entries) = lax.scan(step, state, (r, k, v, w, reset))
-    return (y, final), (r, k, v, w, u, entries, reset)
+    final, (y, entries) = lax.scan(step, state, (r, k, v, w, bad, reset))
+    return (y, final), (r, k, v, w, u, entries, bad, reset)
 
 
 def _wkv_bwd(residuals, cotangents):
-    r, k, v, w, u, entries, reset = residuals
+    r, k, v, w, u, entries, bad, reset = residuals
     gy, gfinal = cotangents
 
     def step(carry, inputs):
         gstate, gu = carry
-        (r, k, v, w, reset), state, gy = inputs
-        _, pullback = jax.vjp(lambda *x: _chunk(*x, reset), r, k, v, w, u, state)
+        (r, k, v, w, bad, reset), state, gy = inputs
+        _, pullback = jax.vjp(partial(_chunk, bad=bad, reset=reset), r, k, v, w, u, state)
         *gtokens, gu_here, gstate = pullback((gy, gstate))
         return (gstate, gu + gu_here), gtokens
 
-    inputs = ((r, k, v, w, reset), entries, gy)
+    inputs = ((r, k, v, w, bad, reset), entries, gy)
     (gstate, gu), gtokens = lax.scan(step, (gfinal, jnp.zeros_like(u)), inputs, reverse=True)
-    return *gtokens, gu, gstate, None
+    return *gtokens, gu, gstate, None, None
 
 
 _wkv.defvjp(_wkv_fwd, _wkv_bwd)
 
 
-def _chunk(r, k, v, w, u, state, reset):
-    """One chunk: r, k, v [B, H, C, *], w [B or 1, H, C, K], state [B, H, K, V], reset [B, C] or None -> (y, state)."""
-    chunk, w = r.shape[2], jnp.maximum(w, LEAST_LOG_DECAY)
+def _chunk(r, k, v, w, u, state, bad, reset):
+    """One chunk: r, k, v [B, H, C, *], w [B or 1, H, C, K], state [B, H, K, V], bad, reset [B, C] or None -> (y, state)."""
+    chunk = r.shape[2]
+    r, k, v = (jnp.where(bad[:, None, :, None], 0, x) for x in (r, k, v))
+    w = jnp.where(jnp.isnan(w), 0, jnp.maximum(w, LEAST_LOG_DECAY))
     before, after, levels, pairs = _sums(chunk, w.dtype)
     past, future = (jnp.exp(_einsum("ts,bhsk->bhtk", sums, w)) for sums in (before, after))
     r_past, k_future, kept = r * past, k * future, jnp.exp(w.sum(2))[..., None]
@@ -114,11 +121,13 @@ def _chunk(r, k, v, w, u, state, reset):
     if reset is not None:
         started = jnp.cumsum(reset, 1)[:, None]  # How many sequences have started in this chunk, at each token.
         scores = jnp.where(started[..., None] == started[..., None, :], scores, 0)
-        r_past = jnp.where(started[..., None] == 0, r_past, 0)
         k_future = jnp.where((started == started[..., -1:])[..., None], k_future, 0)
+    y, added = _einsum("bhts,bhsv->bhtv", scores, v), _einsum("bhtk,bhtv->bhkv", k_future, v)
+    of_state, kept = _einsum("bhtk,bhkv->bhtv", r_past, state), kept * state
+    if reset is not None:
+        of_state = jnp.where(started[..., None] == 0, of_state, 0)
         kept = jnp.where((started[..., -1:] == 0)[..., None], kept, 0)
-    y = _einsum("bhts,bhsv->bhtv", scores, v) + _einsum("bhtk,bhkv->bhtv", r_past, state)
-    return y, kept * state + _einsum("bhtk,bhtv->bhkv", k_future, v)
+    return y + of_state, kept + added
 
 
 def _sums(chunk: int, dtype):
@@ -133,6 +142,16 @@ def _sums(chunk: int, dtype):
     levels = same_block & np.where(right, s < t, s > t)
     pairs = right & ((t >> level) - 1 == s >> level)
     return (s < t).astype(dtype), (s > t).astype(dtype), levels.astype(dtype), pairs
+
+
+def _spoilt(bad, reset) -> Bool[Array, "B T"]:
+    """Whether a token comes at or after one that is not finite, in its sequence.
+
+    In a product with a matrix of zeros such a token would reach those before it too, and those after a reset: so it takes no
+    part in the products, and is put back in what depends on it.
+    """
+    last = lambda flags: lax.cummax(jnp.where(flags, jnp.arange(flags.shape[1]), -1), axis=1)  # noqa: E731
+    return last(bad) >= (0 if reset is None else jnp.maximum(last(reset), 0))
 
 
 def _split(x: Array, chunk: int) -> Array:
