@@ -3,6 +3,8 @@
 A run's `checkpoints/` folder has one folder a step, named by the step, with the items params, training (optimiser, random key,
 step), data (the iterator's position) and settings (the whole config). Orbax writes under another name and renames at the end,
 so that a folder with a step's name is a whole checkpoint.
+
+params is what is trained. A fine-tuning run has the model that it tunes beside its checkpoints, once, in base.safetensors.
 """
 
 import dataclasses
@@ -16,12 +18,15 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from . import config as configs
+from . import finetune
+from . import params as p
 from .config import Settings
-from .lm import init
+from .convert import load_safetensors, save_safetensors
 from .models import Config
 from .train import TrainState
 
 FOLDER = "checkpoints"
+BASE = "base.safetensors"
 _METRIC = "validation_bits_per_byte"
 
 
@@ -119,8 +124,25 @@ def is_checkpoint(path: str | Path) -> bool:
     return _find(Path(path)) is not None
 
 
+def save_base(run_folder: str | Path, params: Any, config: Config) -> None:
+    """Copies the model that a run fine-tunes to the run's folder, under the official key names."""
+    save_safetensors(Path(run_folder, BASE), params, config)
+
+
+def load_base(run_folder: str | Path) -> Any:
+    """Returns the float32 parameters of the model that a run fine-tunes.
+
+    Raises:
+        FileNotFoundError: The run's folder does not have them.
+    """
+    path = Path(run_folder, BASE)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; it holds the model that this run fine-tunes, put it back")
+    return load_safetensors(path, "float32")[0]
+
+
 def load_checkpoint(path: str | Path, dtype: Any = None) -> tuple[Any, Config, Settings]:
-    """Returns the parameters, model config and settings in a checkpoint of ours.
+    """Returns the parameters, adapters merged into them, the model config and the settings in a checkpoint of ours.
 
     Args:
         path: A run's folder or its `checkpoints` (the newest one is taken), or the folder of one step.
@@ -130,6 +152,28 @@ def load_checkpoint(path: str | Path, dtype: Any = None) -> tuple[Any, Config, S
         FileNotFoundError: There is no whole checkpoint at `path`.
         ValueError: It is damaged.
     """
+    trained, settings, run_folder = _load_trained(path)
+    tuning = settings.finetune
+    base = None if tuning.method == "all" else load_base(run_folder)
+    params, _ = finetune.assembler(tuning, settings.model)(trained, base)
+    if dtype is not None:
+        params = jax.tree.map(lambda x: x.astype(dtype), params)
+    return params, dataclasses.replace(settings.model, tokenizer=settings.data.tokenizer), settings
+
+
+def load_first_state(path: str | Path) -> Any:
+    """Returns the state of one row that a run of state tuning has learned to start from; None for any other run.
+
+    Args and Raises: as in `load_checkpoint`.
+    """
+    trained, settings, _ = _load_trained(path)
+    if settings.finetune.method != "state":
+        return None
+    return finetune.first_state(trained, settings.model)
+
+
+def _load_trained(path: str | Path) -> tuple[Any, Settings, Path]:
+    """What is trained, the settings, and the run's folder."""
     found = _find(Path(path))
     if found is None:
         raise FileNotFoundError(
@@ -143,11 +187,11 @@ def load_checkpoint(path: str | Path, dtype: Any = None) -> tuple[Any, Config, S
 
         values = _restore(folder, partial(restore, settings=ocp.args.JsonRestore()))["settings"]
         settings = configs.from_dict(values, str(folder))
-        shapes = _on_device(jax.eval_shape(lambda: init(jax.random.key(0), settings.model)))
-        params = _restore(folder, partial(restore, params=ocp.args.StandardRestore(shapes)))["params"]
-    if dtype is not None:
-        params = jax.tree.map(lambda x: x.astype(dtype), params)
-    return params, dataclasses.replace(settings.model, tokenizer=settings.data.tokenizer), settings
+        declaration = finetune.declare(settings.finetune, settings.model)
+        fresh = partial(p.init, declaration=declaration, num_layers=settings.model.num_layers)
+        shapes = _on_device(jax.eval_shape(fresh, jax.random.key(0)))
+        trained = _restore(folder, partial(restore, params=ocp.args.StandardRestore(shapes)))["params"]
+    return trained, settings, found[0].parent
 
 
 def _split(train_state: TrainState) -> tuple[Any, dict[str, Any]]:
