@@ -163,13 +163,13 @@ def _document_batches(
     order = order[lengths[order] > 0]
     for first in range(0, len(order), batch_size):
         group = order[first : first + batch_size]
-        for offset in range(0, lengths[group].max(), context_length):
+        for offset in range(0, int(lengths[group].max()), context_length):
             left = np.clip(lengths[group] - offset, 0, context_length)
             rows = [_row(stream, starts[i] + offset, n, context_length) for i, n in zip(group, left, strict=True)]
             valid = np.arange(context_length) < left[:, None]
             missing = ((0, batch_size - len(group)), (0, 0))
             inputs, targets = (np.pad(np.stack(side), missing) for side in zip(*rows, strict=True))
-            yield EvalBatch(inputs, targets, np.pad(valid, missing), fresh=bool(offset == 0))
+            yield EvalBatch(inputs, targets, np.pad(valid, missing), fresh=offset == 0)
 
 
 def _documents(stream: TokenStream) -> tuple[np.ndarray, np.ndarray]:
