@@ -230,15 +230,16 @@ def report(
         print(f"  xz -9    {8 * len(lzma.compress(raw, preset=9)) / len(raw):.4f}")
     if settings.finetune.init_from is not None:
         base = checkpoint.load_base(settings.run.folder)
-        print("\nheld-out bits per byte before and after fine-tuning:")
-        before = bits_per_byte(base, None, settings, streams.validation, None)
-        print(f"  {settings.data.source:8s} {before:.4f} -> {bits:.4f}")
+        rows = [
+            (f"{settings.data.source}, tuned on", bits_per_byte(base, None, settings, streams.validation, None), bits)
+        ]
         if other is not None:
-            sides = (
-                bits_per_byte(*model, settings, other, settings.run.validation_tokens)
-                for model in ((base, None), (params, start))
-            )
-            print(f"  {settings.finetune.compare_source:8s} {next(sides):.4f} -> {next(sides):.4f} (the second corpus)")
+            limit = settings.run.validation_tokens
+            before, after = (bits_per_byte(*m, settings, other, limit) for m in ((base, None), (params, start)))
+            rows.append((f"{settings.finetune.compare_source}, compared", before, after))
+        print("\nheld-out text, bits per byte before and after fine-tuning:")
+        for name, before, after in rows:
+            print(f"  {name:18s} {before:.4f} -> {after:.4f}")
     print(f"\na sample, after {settings.run.prompt!r}:\n{settings.run.prompt}", end="")
     sampling = generate.Sampling(temperature=0.8, top_p=0.95)
     pieces = generate.stream(

@@ -109,7 +109,14 @@ def train_batches(
             f"the training text has {len(stream.tokens)} tokens; data.batch_size={batch_size} windows of "
             f"data.context_length={context_length} need {batch_size * context_length + 1}: use more text or smaller ones"
         )
-    dataset = grain.MapDataset.source(windows).seed(seed).shuffle().repeat().batch(batch_size, batch_fn=_stack)
+    # Endless, so nothing is dropped; but without drop_remainder grain counts batches in floats, which overflow at batch size 1.
+    dataset = (
+        grain.MapDataset.source(windows)
+        .seed(seed)
+        .shuffle()
+        .repeat()
+        .batch(batch_size, drop_remainder=True, batch_fn=_stack)
+    )
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
 
