@@ -89,6 +89,8 @@ def test_a_kernels_reference_imports_nothing_of_its_siblings(name):
         ("rwkv_jax.loss", ()),
         ("rwkv_jax.optim", ("rwkv_jax.loss",)),
         ("rwkv_jax.train", ("rwkv_jax.lm", "rwkv_jax.loss", "rwkv_jax.models")),
+        ("rwkv_jax.finetune", ("rwkv_jax.lm", "rwkv_jax.models", "rwkv_jax.params", "rwkv_jax.train")),
+        ("rwkv_jax.nnx", ("rwkv_jax.lm", "rwkv_jax.models")),
         ("rwkv_jax.generate", ("rwkv_jax.lm", "rwkv_jax.models", "rwkv_jax.text")),
     ],
 )
@@ -129,6 +131,12 @@ def test_nothing_imports_torch_or_tensorflow():
         assert not {"torch", "tensorflow"} & {found.partition(".")[0] for found in imports(name)}, name
 
 
+def test_only_one_module_imports_flax():
+    assert [name for name in MODULES if "flax" in {found.partition(".")[0] for found in imports(name)}] == [
+        "rwkv_jax.nnx"
+    ]
+
+
 def test_importing_the_package_starts_no_device_and_loads_no_heavy_dependency():
     code = "import sys, rwkv_jax, rwkv_kernels; print(*sys.modules)"
     # With a platform that does not exist, touching a device at import would raise.
@@ -143,6 +151,7 @@ def test_importing_the_package_starts_no_device_and_loads_no_heavy_dependency():
     assert {"jax", "rwkv_jax"} <= loaded
     heavy = {
         "orbax",
+        "flax",
         "grain",
         "matplotlib",
         "tensorboardX",

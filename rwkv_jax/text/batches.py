@@ -156,7 +156,7 @@ def validation_batches(
     for start in range(0, length, context_length):
         part = slice(start, start + context_length)
         short = max(0, start + context_length - length)
-        yield EvalBatch(*(np.pad(x[:, part], ((0, 0), (0, short))) for x in (inputs, targets, valid)))
+        yield EvalBatch(*(np.pad(x[:, part], ((0, 0), (0, short))) for x in (inputs, targets, valid)), fresh=start == 0)
 
 
 def _document_batches(
