@@ -191,7 +191,7 @@ def _load_trained(path: str | Path) -> tuple[Any, Settings, Path]:
         fresh = partial(p.init, declaration=declaration, num_layers=settings.model.num_layers)
         shapes = _on_device(jax.eval_shape(fresh, jax.random.key(0)))
         trained = _restore(folder, partial(restore, params=ocp.args.StandardRestore(shapes)))["params"]
-    return trained, settings, found[0].parent
+    return trained, settings, folder.parent.parent
 
 
 def _split(train_state: TrainState) -> tuple[Any, dict[str, Any]]:
