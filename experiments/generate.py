@@ -12,7 +12,7 @@ from typing import Literal
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from rwkv_jax import generate, load
-from rwkv_jax.checkpoint import is_checkpoint, load_checkpoint
+from rwkv_jax.checkpoint import is_checkpoint, load_checkpoint, load_first_state
 from rwkv_jax.text import get_tokenizer
 
 
@@ -54,9 +54,10 @@ def main() -> None:
 
 def run(config: GenerateConfig, sampling: generate.Sampling) -> None:
     """Prints the prompt and its continuation."""
-    name, file = config.tokenizer, config.tokenizer_file
+    name, file, state = config.tokenizer, config.tokenizer_file, None
     if is_checkpoint(config.checkpoint):
         params, model, settings = load_checkpoint(config.checkpoint)
+        state = load_first_state(config.checkpoint)
         if name is None:
             name, file = settings.data.tokenizer, file or settings.data.tokenizer_file
     else:
@@ -69,6 +70,7 @@ def run(config: GenerateConfig, sampling: generate.Sampling) -> None:
     pieces = generate.stream(
         params, model, tokenizer, config.prompt,
         max_tokens=config.max_tokens, sampling=sampling, stop=config.stop or (), seed=config.seed,
+        state=state,
     )  # fmt: skip
     print(config.prompt, end="", flush=True)
     start = time.perf_counter()

@@ -1,9 +1,10 @@
 """Trains a language model: `python experiments/train.py --cfg experiments/configs/quickstart.toml`.
 
 The run's folder holds everything; the same command continues it. Any field of the config can be overridden, for example
-`--model.num_layers 4 --run.folder runs/small`; `--help` lists them all.
+`--model.num_layers 4 --run.folder runs/small`; `--help` lists them all. `--finetune.init_from PATH` starts from a trained model.
 """
 
+import dataclasses
 import gzip
 import lzma
 import math
@@ -11,6 +12,7 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,8 @@ import launch
 import numpy as np
 from tqdm import tqdm
 
-from rwkv_jax import checkpoint, config, devices, generate, lm, optim, run_folder, run_log, text, train
-from rwkv_jax.models import module_of
+import rwkv_jax
+from rwkv_jax import checkpoint, config, devices, finetune, generate, lm, optim, run_folder, run_log, text, train
 
 SAMPLE_TOKENS = 320
 
@@ -30,29 +32,59 @@ def main() -> None:
     """Reads the command line, trains, and turns errors that a user can mend into a message and status 1."""
     settings = config.parse_or_exit(sys.argv[1:], "train.py")
     try:
-        run(settings)
+        run(*starting_point(settings, config.given_fields(sys.argv[1:])))
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         raise SystemExit(1) from error
 
 
-def run(settings: config.Settings) -> None:
-    """Trains from the run's newest checkpoint, or from the start, to the end."""
-    folder = run_folder.claim(settings, resumes=checkpoint.is_checkpoint(settings.run.folder))
+def starting_point(settings: config.Settings, given: Collection[str]) -> tuple[config.Settings, Any]:
+    """Returns the settings with the model section of the model that is tuned, and its parameters, None from scratch.
+
+    A run that goes on reads them from its folder, and not from finetune.init_from again.
+    """
+    origin, folder = settings.finetune.init_from, Path(settings.run.folder)
+    if origin is None:
+        return settings, None
+    if checkpoint.is_checkpoint(folder):
+        base, model = checkpoint.load_base(folder), config.load(folder / run_folder.CONFIG).model
+    else:
+        base, model = rwkv_jax.load(origin, dtype="float32")
+    finetune.check_tokenizer(settings.data.tokenizer, model, origin)
+    return dataclasses.replace(settings, model=finetune.resolve_model(settings.model, given, model, origin)), base
+
+
+def run(settings: config.Settings, base: Any) -> None:
+    """Trains from the run's newest checkpoint, or from the start, to the end.
+
+    Args:
+        settings: Of the run.
+        base: Parameters of the model that is tuned; None: from scratch.
+    """
+    model, data, run, tuning = settings.model, settings.data, settings.run, settings.finetune
+    declaration, assemble = finetune.declare(tuning, model), finetune.assembler(tuning, model)
+    resumes = checkpoint.is_checkpoint(run.folder)
+    folder = run_folder.claim(settings, resumes)
     run_folder.record(settings)
     print(config.to_toml(settings))
     streams = text.load_streams(settings.data)
     run_folder.check_vocabulary(streams.tokenizer, settings)
+    other = None if base is None else second_held_out(settings)
     for difference in run_log.record_environment(folder):
         print(
             f"warning: the run was started elsewhere, and may not repeat bit for bit: {difference}",
             file=sys.stderr,
         )
 
-    model, data, run = settings.model, settings.data, settings.run
-    optimizer = optim.make_optimizer(settings.optim, module_of(model).declare(model), run.steps)
+    optimizer = optim.make_optimizer(settings.optim, declaration, run.steps)
     schedule = optim.learning_rate(settings.optim, run.steps)
-    state = train.init_train_state(jax.random.key(run.seed), model, optimizer)
+    key, trained, frozen = jax.random.key(run.seed), None, None
+    if base is not None:
+        if not resumes:
+            checkpoint.save_base(folder, base, model)
+        trained = finetune.init(key, tuning, model, base)
+        frozen = None if tuning.method == "all" else base
+    state = train.init_train_state(key, model, optimizer, trained)
     batches = text.train_batches(
         streams.train, context_length=data.context_length, batch_size=data.batch_size, seed=data.seed,
         documents=data.documents,
@@ -74,13 +106,13 @@ def run(settings: config.Settings) -> None:
         print("This run is finished. Train further or otherwise under another --run.folder.")
         checkpoints.close()
         run_log.plot_losses(folder)
-        report(state.params, settings, streams)
+        report(*assemble(state.params, frozen), settings, streams, other)
         return
 
     step_fn = jax.jit(
         partial(
             train.train_step, config=model, optimizer=optimizer, l2wrap=settings.optim.l2wrap,
-            accumulate=settings.optim.accumulate, backend=run.backend,
+            accumulate=settings.optim.accumulate, backend=run.backend, assemble=assemble,
         ),
         donate_argnums=0,
     )  # fmt: skip
@@ -123,7 +155,7 @@ def run(settings: config.Settings) -> None:
 
     def validate(step: int) -> float:
         nonlocal last_time
-        bits = held_out_bits_per_byte(state.params, settings, streams, run.validation_tokens)
+        bits = bits_per_byte(*assemble(state.params, frozen), settings, streams.validation, run.validation_tokens)
         log.write(run_log.VALIDATION, {"step": step, "validation_bits_per_byte": bits})
         bar.write(f"step {step}: held out {bits:.4f} bits per byte")
         last_time = time.perf_counter()
@@ -134,7 +166,8 @@ def run(settings: config.Settings) -> None:
         for step in range(first_step + 1, run.steps + 1):
             batch = next(batches)
             reset = batch.reset if data.documents == "packed" else None
-            state, metrics = step_fn(state, batch.inputs, batch.targets, reset)
+            length = batch.length if data.documents == "rows" else None
+            state, metrics = step_fn(state, batch.inputs, batch.targets, reset, length, frozen)
             # The step is running; meanwhile the one before it is read, so that the device never waits.
             if pending is not None:
                 finish(*pending)
@@ -158,28 +191,72 @@ def run(settings: config.Settings) -> None:
         log.close()
         checkpoints.close()
     run_log.plot_losses(folder)
-    report(state.params, settings, streams)
+    report(*assemble(state.params, frozen), settings, streams, other)
 
 
-def held_out_bits_per_byte(params: Any, settings: config.Settings, streams: text.Streams, limit: int | None) -> float:
-    """Returns the code length of the held-out text, its separators included, in bits per byte of text."""
-    stream = streams.validation
+def bits_per_byte(
+    params: Any, start: Any, settings: config.Settings, stream: text.TokenStream, limit: int | None
+) -> float:
+    """Returns the code length of a held-out text, its separators included, in bits per byte of text.
+
+    Args:
+        params: The model's.
+        start: The state of one row that rows start from; None is the zero state.
+        settings: The run's.
+        stream: The text.
+        limit: Use only this many tokens of it, from the start; None: all.
+    """
+    data = settings.data
     batches = text.validation_batches(
-        stream, context_length=settings.data.context_length, batch_size=settings.data.batch_size, limit=limit
+        stream, context_length=data.context_length, batch_size=data.batch_size, limit=limit, documents=data.documents
     )
-    packed = settings.data.documents == "packed"
-    cost = train.evaluate(params, settings.model, batches, settings.run.backend, packed=packed)
+    packed = data.documents == "packed"
+    cost = train.evaluate(params, settings.model, batches, settings.run.backend, start, packed=packed)
     return cost.nats / cost.num_tokens / math.log(2) * len(stream.tokens) / stream.num_bytes
 
 
-def report(params: Any, settings: config.Settings, streams: text.Streams) -> None:
-    """Prints the result beside two compressors', a sample, and how to go on."""
-    bits = held_out_bits_per_byte(params, settings, streams, None)
+def second_held_out(settings: config.Settings) -> text.TokenStream | None:
+    """Returns the held-out text of finetune.compare_source, cut as by default; None where there is to be none."""
+    source, path = settings.finetune.compare_source, settings.finetune.compare_path
+    if source == "none":
+        return None
+    data = text.DataConfig(
+        source=source, path=path, tokenizer=settings.data.tokenizer, tokenizer_file=settings.data.tokenizer_file,
+        cache_dir=settings.data.cache_dir,
+    )  # fmt: skip
+    return text.load_streams(data).validation
+
+
+def report(
+    params: Any, start: Any, settings: config.Settings, streams: text.Streams, other: text.TokenStream | None
+) -> None:
+    """Prints the result beside two compressors' and the model tuned, a sample, and how to go on.
+
+    Args:
+        params: The model's.
+        start: The state of one row that rows start from; None is the zero state.
+        settings: The run's.
+        streams: Its text.
+        other: The second held-out text of a fine-tuning run, if any.
+    """
+    bits = bits_per_byte(params, start, settings, streams.validation, None)
     print(f"\nheld-out text, {streams.validation.num_bytes} bytes, bits per byte:")
     print(f"  {settings.model.architecture:8s} {bits:.4f}")
     if (raw := streams.validation_bytes()) is not None:
         print(f"  gzip -9  {8 * len(gzip.compress(raw, 9)) / len(raw):.4f}")
         print(f"  xz -9    {8 * len(lzma.compress(raw, preset=9)) / len(raw):.4f}")
+    if settings.finetune.init_from is not None:
+        base = checkpoint.load_base(settings.run.folder)
+        rows = [
+            (f"{settings.data.source}, tuned on", bits_per_byte(base, None, settings, streams.validation, None), bits)
+        ]
+        if other is not None:
+            limit = settings.run.validation_tokens
+            before, after = (bits_per_byte(*m, settings, other, limit) for m in ((base, None), (params, start)))
+            rows.append((f"{settings.finetune.compare_source}, compared", before, after))
+        print("\nheld-out text, bits per byte before and after fine-tuning:")
+        for name, before, after in rows:
+            print(f"  {name:18s} {before:.4f} -> {after:.4f}")
     print(f"\na sample, after {settings.run.prompt!r}:\n{settings.run.prompt}", end="")
     sampling = generate.Sampling(temperature=0.8, top_p=0.95)
     pieces = generate.stream(
@@ -189,6 +266,7 @@ def report(params: Any, settings: config.Settings, streams: text.Streams) -> Non
         settings.run.prompt,
         max_tokens=SAMPLE_TOKENS,
         sampling=sampling,
+        state=start,
     )
     for piece in pieces:
         print(piece, end="", flush=True)

@@ -3,6 +3,8 @@
 A run's `checkpoints/` folder has one folder a step, named by the step, with the items params, training (optimiser, random key,
 step), data (the iterator's position) and settings (the whole config). Orbax writes under another name and renames at the end,
 so that a folder with a step's name is a whole checkpoint.
+
+params is what is trained. A fine-tuning run has the model that it tunes beside its checkpoints, once, in base.safetensors.
 """
 
 import dataclasses
@@ -17,12 +19,17 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from . import config as configs
+from . import finetune
+from . import params as p
 from .config import Settings
-from .lm import init
+from .convert.formats import open_checkpoint
+from .convert.official import config_in, float_dtype, to_params, weights
 from .models import Config
+from .save import save
 from .train import TrainState
 
 FOLDER = "checkpoints"
+BASE = "base.safetensors"
 _METRIC = "validation_bits_per_byte"
 
 
@@ -143,10 +150,28 @@ def is_checkpoint(path: str | Path) -> bool:
     return _find(Path(path)) is not None
 
 
+def save_base(run_folder: str | Path, params: Any, config: Config) -> None:
+    """Copies the model that a run fine-tunes to the run's folder, under the official key names."""
+    save(Path(run_folder, BASE), params, config)
+
+
+def load_base(run_folder: str | Path) -> Any:
+    """Returns the float32 parameters of the model that a run fine-tunes.
+
+    Raises:
+        FileNotFoundError: The run's folder does not have them.
+    """
+    path = Path(run_folder, BASE)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; it holds the model that this run fine-tunes, put it back")
+    base = open_checkpoint(path)
+    return to_params(weights(base.tensors), config_in(base, path), float_dtype("float32"))
+
+
 def load_checkpoint(
     path: str | Path, dtype: Any = None, shardings: Callable[[Config], Any] | None = None
 ) -> tuple[Any, Config, Settings]:
-    """Returns the parameters, model config and settings in a checkpoint of ours.
+    """Returns the parameters, adapters merged into them, the model config and the settings in a checkpoint of ours.
 
     Args:
         path: A run's folder or its `checkpoints` (the newest one is taken), or the folder of one step.
@@ -158,12 +183,13 @@ def load_checkpoint(
         ValueError: It is damaged.
     """
     config, settings = load_settings(path)
-    folder = _folder(path)
-    shapes = jax.eval_shape(lambda: init(jax.random.key(0), config))
-    first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    where = jax.tree.map(lambda _: first, shapes) if shardings is None else shardings(config)
-    shapes = jax.tree.map(lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own), shapes, where)
-    params = _restore_item(folder, "params", ocp.args.StandardRestore(shapes))
+    where = None if shardings is None else shardings(config)
+    if settings.finetune.method == "all":
+        params = _load_trained(path, settings, where)
+    else:
+        base = load_base(_folder(path).parent.parent)
+        params, _ = finetune.assembler(settings.finetune, config)(_load_trained(path, settings), base)
+        params = params if where is None else jax.device_put(params, where)
     if dtype is not None:
         params = jax.tree.map(lambda x: x.astype(dtype), params)
     return params, config, settings
@@ -174,6 +200,27 @@ def load_settings(path: str | Path) -> tuple[Config, Settings]:
     folder = _folder(path)
     settings = configs.from_dict(_restore_item(folder, "settings", ocp.args.JsonRestore()), str(folder))
     return dataclasses.replace(settings.model, tokenizer=settings.data.tokenizer), settings
+
+
+def load_first_state(path: str | Path) -> Any:
+    """Returns the state of one row that a run of state tuning has learned to start from; None for any other run.
+
+    Args and Raises: as in `load_checkpoint`.
+    """
+    config, settings = load_settings(path)
+    if settings.finetune.method != "state":
+        return None
+    return finetune.first_state(_load_trained(path, settings), config)
+
+
+def _load_trained(path: str | Path, settings: Settings, shardings: Any = None) -> Any:
+    declaration = finetune.declare(settings.finetune, settings.model)
+    fresh = partial(p.init, declaration=declaration, num_layers=settings.model.num_layers)
+    shapes = jax.eval_shape(fresh, jax.random.key(0))
+    first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    where = jax.tree.map(lambda _: first, shapes) if shardings is None else shardings
+    shapes = jax.tree.map(lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own), shapes, where)
+    return _restore_item(_folder(path), "params", ocp.args.StandardRestore(shapes))
 
 
 def _folder(path: str | Path) -> Path:

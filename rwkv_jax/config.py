@@ -8,12 +8,13 @@ import sys
 import tomllib
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
+from .finetune import FinetuneConfig
 from .models import ARCHITECTURES, Config
 from .optim import OptimConfig
 from .text import DataConfig
@@ -68,6 +69,14 @@ class Settings:
     data: DataConfig
     optim: OptimConfig
     run: RunConfig
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+
+    def __post_init__(self):
+        if self.finetune.method == "state" and self.data.documents != "rows":
+            raise ValueError(
+                f"data.documents is {self.data.documents!r}; finetune.method='state' learns the state that a document starts "
+                "from, and a reset goes to the zero state: set data.documents to 'rows'"
+            )
 
 
 class ConfigError(ValueError):
@@ -84,13 +93,7 @@ def parse(arguments: Sequence[str], program: str = "train.py") -> Settings:
     """
     file, overrides = _take_cfg(list(arguments))
     values = read_toml(file) if file else {}
-    architecture = _architecture(file, values, overrides)
-    sections = {
-        "model": ARCHITECTURES[architecture],
-        "data": DataConfig,
-        "optim": OptimConfig,
-        "run": RunConfig,
-    }
+    sections = _sections(_architecture(file, values, overrides))
     parser = _parser(sections, program)
     if file:
         _check_file(file, values, sections)
@@ -110,6 +113,15 @@ def parse(arguments: Sequence[str], program: str = "train.py") -> Settings:
         raise ConfigError(f"{where}: {error}") from None
 
 
+def given_fields(arguments: Sequence[str]) -> frozenset[str]:
+    """Returns the names of the fields, such as model.num_layers, that a command line which `parse` takes gives a value."""
+    file, overrides = _take_cfg(list(arguments))
+    sections = read_toml(file) if file else {}
+    in_file = {f"{section}.{key}" for section, keys in sections.items() for key in keys}
+    options = {argument.partition("=")[0].removeprefix("--") for argument in overrides if argument.startswith("--")}
+    return frozenset(in_file | options)
+
+
 def parse_or_exit(arguments: Sequence[str], program: str) -> Settings:
     """As `parse`, but a ConfigError is printed and ends the program with status 2."""
     try:
@@ -121,13 +133,7 @@ def parse_or_exit(arguments: Sequence[str], program: str) -> Settings:
 
 def from_dict(values: Mapping[str, Mapping[str, Any]], origin: str) -> Settings:
     """Returns settings from `to_dict`'s form; `origin` names the source in errors."""
-    architecture = _architecture(origin, values, [])
-    sections = {
-        "model": ARCHITECTURES[architecture],
-        "data": DataConfig,
-        "optim": OptimConfig,
-        "run": RunConfig,
-    }
+    sections = _sections(_architecture(origin, values, []))
     _check_file(origin, values, sections)
     try:
         return _settings(values, sections)
@@ -217,6 +223,16 @@ def _architecture(origin: str | None, values: Mapping[str, Any], overrides: list
     return name
 
 
+def _sections(architecture: str) -> dict[str, type]:
+    return {
+        "model": ARCHITECTURES[architecture],
+        "data": DataConfig,
+        "optim": OptimConfig,
+        "run": RunConfig,
+        "finetune": FinetuneConfig,
+    }
+
+
 def _parser(sections: Mapping[str, type], program: str) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
@@ -248,9 +264,12 @@ def _check_file(origin: str, values: Mapping[str, Any], sections: Mapping[str, t
 
 
 def _settings(values: Mapping[str, Mapping[str, Any]], sections: Mapping[str, type]) -> Settings:
-    """The settings with these values; a whole number becomes a float where the field is one, so that files load equal."""
+    """The settings with these values; a whole number becomes a float where the field is one, and a list a tuple, so that files
+    load equal."""
 
     def widen(value: Any, hint: Any) -> Any:
+        if isinstance(value, list):
+            return tuple(value)
         return float(value) if type(value) is int and float in (hint, *get_args(hint)) else value
 
     def section(name: str, kind: type) -> Any:
@@ -265,6 +284,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return value in get_args(hint)
     if get_origin(hint) in (Union, types.UnionType):
         return any(_fits(value, option) for option in get_args(hint))
+    if get_origin(hint) is tuple:
+        return isinstance(value, list | tuple) and all(_fits(item, get_args(hint)[0]) for item in value)
     if hint is float:
         return isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value)
     return type(value) is hint
@@ -278,6 +299,8 @@ def _describe(hint: Any) -> str:
             " or ".join(_describe(option) for option in get_args(hint) if option is not types.NoneType)
             + ", or left out"
         )
+    if get_origin(hint) is tuple:
+        return f"a list, each {_describe(get_args(hint)[0])}"
     return {int: "a whole number", float: "a finite number", str: "a string", bool: "true or false"}[hint]
 
 

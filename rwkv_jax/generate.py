@@ -153,6 +153,7 @@ def stream(
     sampling: Sampling | None = None,
     stop: Sequence[str] = (),
     seed: int = 0,
+    state: Any = None,
 ) -> Iterator[str]:
     """Yields the continuation of a prompt in pieces, until end_of_text, a stop string or `max_tokens`.
 
@@ -167,6 +168,7 @@ def stream(
         sampling: How they are drawn; None is plain sampling.
         stop: Strings that end the text.
         seed: The same seed gives the same text.
+        state: What the prompt starts from, of one row; None is the zero state.
 
     Raises:
         ValueError: The tokenizer does not fit the model.
@@ -174,7 +176,7 @@ def stream(
     if any(not text for text in stop):
         raise ValueError("a stop string is empty; leave it out")
     ids = tokenizer.encode(prompt)
-    logits, state = prefill(params, config, ids if len(ids) else [tokenizer.end_of_text])
+    logits, state = prefill(params, config, ids if len(ids) else [tokenizer.end_of_text], state)
     counts, key = jnp.zeros_like(logits), jax.random.key(seed)
     decoder, held, left = StreamDecoder(tokenizer), "", max_tokens
     while left > 0:

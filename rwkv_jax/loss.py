@@ -25,7 +25,12 @@ def cross_entropy(logits: Float[Array, "B T A"], targets: Int[Array, "B T"]) -> 
     return jax.nn.logsumexp(logits, axis=-1) - own
 
 
-def language_model_loss(logits: Float[Array, "B T A"], targets: Int[Array, "B T"], l2wrap: float = L2WRAP) -> Loss:
+def language_model_loss(
+    logits: Float[Array, "B T A"],
+    targets: Int[Array, "B T"],
+    l2wrap: float = L2WRAP,
+    weights: Float[Array, "B T"] | None = None,
+) -> Loss:
     """Returns the mean cross-entropy, and its sum with l2wrap / 2 * mean(max_logit^2).
 
     Upstream writes the second part as an extra gradient, which ignores the scale of the incoming one and so counts too much
@@ -35,7 +40,12 @@ def language_model_loss(logits: Float[Array, "B T A"], targets: Int[Array, "B T"
         logits: From `forward`.
         targets: The next tokens.
         l2wrap: Strength of the pull on each position's largest logit; 0 for none.
+        weights: Of each position in the means, in place of 1 / (B * T); a position of weight 0 has no gradient.
     """
-    entropy = cross_entropy(logits, targets).mean()
-    pull = 0.5 * l2wrap * jnp.square(logits.max(-1)).mean()
+
+    def mean(x):
+        return x.mean() if weights is None else jnp.where(weights > 0, x * weights, 0).sum()
+
+    entropy = mean(cross_entropy(logits, targets))
+    pull = 0.5 * l2wrap * mean(jnp.square(logits.max(-1)))
     return Loss(entropy + pull, entropy)

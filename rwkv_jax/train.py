@@ -1,6 +1,6 @@
 """Training: one pure step, and the evaluation of a whole stream of text."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,6 +14,15 @@ from .lm import forward, init, init_state
 from .loss import Loss, cross_entropy, language_model_loss
 from .models import Config
 
+Assemble = Callable[[Any, Any], tuple[Any, Any]]
+"""(what is trained, what is not) -> (all parameters, the state of one row that every row starts from; None is the zero state)."""
+
+
+def whole(trained: Any, frozen: Any) -> tuple[Any, None]:
+    """Returns what is trained as all parameters: training from scratch, or fine-tuning of everything."""
+    del frozen
+    return trained, None
+
 
 class TrainState(NamedTuple):
     """All that training changes, and all that a checkpoint of it needs."""
@@ -21,7 +30,7 @@ class TrainState(NamedTuple):
     step: Array
     """Updates made, int32."""
     params: Any
-    """float32 master parameters."""
+    """What is trained, float32: all parameters, or what a method of fine-tuning puts beside them."""
     opt_state: Any
     """Of optax."""
     key: PRNGKeyArray
@@ -39,10 +48,12 @@ class Metrics(NamedTuple):
     """Global norm of the gradient before clipping."""
 
 
-def init_train_state(key: PRNGKeyArray, config: Config, optimizer: optax.GradientTransformation) -> TrainState:
-    """Returns step 0 with fresh parameters."""
+def init_train_state(
+    key: PRNGKeyArray, config: Config, optimizer: optax.GradientTransformation, params: Any = None
+) -> TrainState:
+    """Returns step 0 with fresh parameters, or with those given."""
     init_key, key = jax.random.split(key)
-    params = init(init_key, config)
+    params = init(init_key, config) if params is None else params
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), key)
 
 
@@ -51,25 +62,31 @@ def train_step(
     inputs: Int[Array, "B T"],
     targets: Int[Array, "B T"],
     reset: Bool[Array, "B T"] | None,
+    length: Int[Array, "B"] | None = None,
+    frozen: Any = None,
     *,
     config: Config,
     optimizer: optax.GradientTransformation,
     l2wrap: float,
     accumulate: int = 1,
     backend: str | None = None,
+    assemble: Assemble = whole,
 ) -> tuple[TrainState, Metrics]:
     """Returns the state after one update on a batch, and what was measured before it. Pure; jit it with donate_argnums=0.
 
     Args:
         train_state: Before the update.
-        inputs: Tokens; every row starts from the zero state.
+        inputs: Tokens; every row starts from the zero state, or that of `assemble`.
         targets: The next token at each position.
         reset: True where a document starts; None: nowhere.
+        length: Tokens of each row that count, the loss being their mean; None: all.
+        frozen: What `assemble` takes beside what is trained.
         config: The model's.
         optimizer: From `make_optimizer`.
         l2wrap: As in `language_model_loss`.
         accumulate: Equal parts that the batch is cut into, one after the other; gradients are averaged in float32.
         backend: Of the WKV operator.
+        assemble: Forms all parameters and the first state from what is trained and what is not; static.
 
     Raises:
         ValueError: `accumulate` does not divide the batch.
@@ -77,15 +94,20 @@ def train_step(
     if inputs.shape[0] % accumulate:
         raise ValueError(f"a batch of {inputs.shape[0]} does not divide into accumulate={accumulate} parts")
 
-    def loss_fn(params, inputs, targets, reset):
-        logits, _ = forward(params, config, inputs, None, reset, backend=backend)
-        loss = language_model_loss(logits, targets, l2wrap)
+    def loss_fn(trained, inputs, targets, reset, length, weights):
+        params, start = assemble(trained, frozen)
+        logits, _ = forward(params, config, inputs, _rows(start, inputs.shape[0]), reset, length, backend)
+        loss = language_model_loss(logits, targets, l2wrap, weights)
         return loss.total, loss
 
     def gradient(batch) -> tuple[Any, Loss]:
         return jax.grad(loss_fn, has_aux=True)(train_state.params, *batch)
 
-    batch = (inputs, targets, reset)
+    weights = None
+    if length is not None:
+        valid = jnp.arange(inputs.shape[1]) < length[:, None]
+        weights = accumulate * valid / valid.sum()
+    batch = (inputs, targets, reset, length, weights)
     if accumulate == 1:
         grads, loss = gradient(batch)
     else:
@@ -119,23 +141,36 @@ def _evaluation_step(params, config, inputs, targets, valid, reset, state, backe
 
 
 def evaluate(
-    params: Any, config: Config, batches: Iterable[Any], backend: str | None = None, *, packed: bool = False
+    params: Any,
+    config: Config,
+    batches: Iterable[Any],
+    backend: str | None = None,
+    start: Any = None,
+    *,
+    packed: bool = False,
 ) -> Evaluation:
     """Returns the cost of all tokens of a stream, the state being carried from one batch to the next.
 
     Args:
         params: The model's.
         config: The model's.
-        batches: From `validation_batches`: inputs, targets, valid, reset, each [B, T], a row's valid tokens coming first.
+        batches: From `validation_batches`: inputs, targets, valid, reset, each [B, T], a row's valid tokens coming first, and
+            fresh, whether all rows start anew.
         backend: Of the WKV operator.
+        start: The state of one row that every row starts from; None is the zero state.
         packed: Whether the state is reset where a document starts, as in training with documents="packed".
     """
+    start = init_state(config, 1) if start is None else start
     state, nats, num_tokens = None, 0.0, 0
     for batch in batches:
-        if state is None:
-            state = init_state(config, batch.inputs.shape[0])
+        if state is None or batch.fresh:
+            state = _rows(start, batch.inputs.shape[0])
         reset = batch.reset if packed else None
         cost, state = _evaluation_step(params, config, batch.inputs, batch.targets, batch.valid, reset, state, backend)
         nats += float(cost)
         num_tokens += int(np.sum(batch.valid))
     return Evaluation(nats, num_tokens)
+
+
+def _rows(start: Any, batch_size: int) -> Any:
+    return jax.tree.map(lambda leaf: jnp.repeat(leaf, batch_size, axis=1), start)

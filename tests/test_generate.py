@@ -233,7 +233,7 @@ def test_an_empty_prompt_stands_for_the_start_of_a_document(monkeypatch):
     monkeypatch.setattr(
         generate,
         "prefill",
-        lambda params, config, ids: read.append(list(ids)) or prefill(params, config, ids),
+        lambda params, config, ids, state: read.append(list(ids)) or prefill(params, config, ids, state),
     )
     text_of(prompt="", max_tokens=1)
     assert read == [[BYTES.end_of_text]]

@@ -91,6 +91,8 @@ def test_a_kernels_reference_imports_nothing_of_its_siblings(name):
         ("rwkv_jax.loss", ()),
         ("rwkv_jax.optim", ("rwkv_jax.loss",)),
         ("rwkv_jax.train", ("rwkv_jax.lm", "rwkv_jax.loss", "rwkv_jax.models")),
+        ("rwkv_jax.finetune", ("rwkv_jax.lm", "rwkv_jax.models", "rwkv_jax.params", "rwkv_jax.train")),
+        ("rwkv_jax.nnx", ("rwkv_jax.lm", "rwkv_jax.models")),
         ("rwkv_jax.generate", ("rwkv_jax.lm", "rwkv_jax.models", "rwkv_jax.text")),
     ],
 )
@@ -134,6 +136,12 @@ def test_only_the_writer_of_pth_imports_torch_and_only_when_it_writes():
         assert not {"torch", "tensorflow"} & found, name
 
 
+def test_only_one_module_imports_flax():
+    assert [name for name in MODULES if "flax" in {found.partition(".")[0] for found in imports(name)}] == [
+        "rwkv_jax.nnx"
+    ]
+
+
 def test_importing_the_package_starts_no_device_and_loads_no_heavy_dependency():
     code = "import sys, rwkv_jax, rwkv_kernels; print(*sys.modules)"
     # With a platform that does not exist, touching a device at import would raise.
@@ -148,6 +156,7 @@ def test_importing_the_package_starts_no_device_and_loads_no_heavy_dependency():
     assert {"jax", "rwkv_jax"} <= loaded
     heavy = {
         "orbax",
+        "flax",
         "grain",
         "matplotlib",
         "tensorboardX",

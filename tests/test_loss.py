@@ -25,6 +25,7 @@ class Batch(NamedTuple):
     inputs: jax.Array | np.ndarray
     targets: jax.Array | np.ndarray
     valid: np.ndarray
+    fresh: bool = False
 
 
 def random_logits(shape=(2, 5, 7), scale=4.0):

@@ -18,10 +18,12 @@ class Batch(NamedTuple):
     """int32 [B, T]: the token after each input."""
     reset: np.ndarray
     """bool [B, T]: True where an input is the first token of a document."""
+    length: np.ndarray
+    """int32 [B]: how many inputs of a row count; those after are padding."""
 
 
 class EvalBatch(NamedTuple):
-    """A part of a walk over a stream; the state is carried from one to the next."""
+    """A part of a walk over a stream; the state is carried from one to the next, unless that one is fresh."""
 
     inputs: np.ndarray
     """int32 [B, T]."""
@@ -31,6 +33,8 @@ class EvalBatch(NamedTuple):
     """bool [B, T]: False in the padding at the end of rows."""
     reset: np.ndarray
     """bool [B, T]: True where an input is the first token of a document."""
+    fresh: bool = False
+    """Whether all rows start anew here."""
 
 
 class _Windows:
@@ -49,7 +53,27 @@ class _Windows:
         if self._packed:
             first, last = np.searchsorted(self._stream.document_starts, [start, start + length])
             reset[self._stream.document_starts[first:last] - start] = True
-        return Batch(window[:-1], window[1:], reset)
+        return Batch(window[:-1], window[1:], reset, np.asarray(length, np.int32))
+
+
+class _Rows:
+    """Random access to pieces of documents, a row each, so that every token but a document's first is a target once."""
+
+    def __init__(self, stream: TokenStream, context_length: int):
+        starts, lengths = _documents(stream)
+        pieces = -(-lengths // context_length)
+        index_in_document = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        self._starts = np.repeat(starts, pieces) + context_length * index_in_document
+        self._lengths = np.minimum(np.repeat(starts + lengths, pieces) - self._starts, context_length)
+        self._stream, self._context_length = stream, context_length
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: Any) -> Batch:
+        start, length = self._starts[index], self._lengths[index]
+        inputs, targets = _row(self._stream, start, length, self._context_length)
+        return Batch(inputs, targets, np.zeros(self._context_length, bool), np.asarray(length, np.int32))
 
 
 def train_batches(
@@ -58,9 +82,9 @@ def train_batches(
     context_length: int,
     batch_size: int,
     seed: int,
-    documents: Literal["stream", "packed"] = "stream",
+    documents: Literal["stream", "packed", "rows"] = "stream",
 ) -> grain.DatasetIterator[Batch]:
-    """Returns an endless iterator over shuffled windows, whose get_state and set_state resume at the very next batch.
+    """Returns an endless iterator over shuffled windows or rows, whose get_state and set_state resume at the very next batch.
 
     Every epoch visits every window once, in another order. The same seed gives the same batches.
 
@@ -69,35 +93,59 @@ def train_batches(
         context_length: Tokens a row, T.
         batch_size: Rows, B.
         seed: Of the order.
-        documents: "packed" marks the starts of documents in `reset`; "stream" marks none.
+        documents: "packed" marks the starts of documents in `reset`; "stream" marks none; "rows" gives each row one
+            document, or a piece of a longer one, and its `length`.
 
     Raises:
         ValueError: The stream has fewer tokens than one window or fewer windows than one batch.
     """
-    windows = _Windows(stream, context_length, documents == "packed")
+    rows = documents == "rows"
+    windows = _Rows(stream, context_length) if rows else _Windows(stream, context_length, documents == "packed")
+    if len(windows) < batch_size and rows:
+        raise ValueError(
+            f"the training text makes {len(windows)} rows of at most data.context_length={context_length}; "
+            f"data.batch_size={batch_size} needs as many: use more text or a smaller batch"
+        )
     if len(windows) < batch_size:
         raise ValueError(
             f"the training text has {len(stream.tokens)} tokens; data.batch_size={batch_size} windows of "
             f"data.context_length={context_length} need {batch_size * context_length + 1}: use more text or smaller ones"
         )
-    dataset = grain.MapDataset.source(windows).seed(seed).shuffle().repeat().batch(batch_size, batch_fn=_stack)
+    # Endless, so nothing is dropped; but without drop_remainder grain counts batches in floats, which overflow at batch size 1.
+    dataset = (
+        grain.MapDataset.source(windows)
+        .seed(seed)
+        .shuffle()
+        .repeat()
+        .batch(batch_size, drop_remainder=True, batch_fn=_stack)
+    )
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
 
 def validation_batches(
-    stream: TokenStream, *, context_length: int, batch_size: int, limit: int | None = None
+    stream: TokenStream,
+    *,
+    context_length: int,
+    batch_size: int,
+    limit: int | None = None,
+    documents: Literal["stream", "packed", "rows"] = "stream",
 ) -> Iterator[EvalBatch]:
     """Yields a walk over the stream in which every token is a target exactly once, in its own context.
 
     Row r walks through the r-th of `batch_size` equal parts; its first input is the token before its part (end_of_text before the
-    first). With the state carried from batch to batch, only the first tokens of each part lack context.
+    first). With the state carried from batch to batch, only the first tokens of each part lack context. With documents="rows"
+    a row walks through one document, from its first token, which is no target.
 
     Args:
         stream: The held-out text, at least one token.
         context_length: Tokens a row of a batch.
         batch_size: Rows, at most (fewer if there are fewer tokens).
         limit: Use only this many tokens, from the start.
+        documents: As for training; "stream" and "packed" are walked alike.
     """
+    if documents == "rows":
+        yield from _document_batches(stream, context_length, batch_size, limit)
+        return
     end = min(len(stream.tokens), limit or len(stream.tokens))
     rows = min(batch_size, end)
     length = -(-end // rows)
@@ -113,7 +161,42 @@ def validation_batches(
     for start in range(0, length, context_length):
         part = slice(start, start + context_length)
         short = max(0, start + context_length - length)
-        yield EvalBatch(*(np.pad(x[:, part], ((0, 0), (0, short))) for x in (inputs, targets, valid, reset)))
+        yield EvalBatch(
+            *(np.pad(x[:, part], ((0, 0), (0, short))) for x in (inputs, targets, valid, reset)), fresh=start == 0
+        )
+
+
+def _document_batches(
+    stream: TokenStream, context_length: int, batch_size: int, limit: int | None
+) -> Iterator[EvalBatch]:
+    starts, lengths = _documents(stream)
+    if limit is not None:
+        lengths = np.clip(limit - (np.cumsum(lengths) - lengths), 0, lengths)
+    # Documents of like length walk together, so that few rows wait for the others to end.
+    order = np.argsort(lengths, kind="stable")
+    order = order[lengths[order] > 0]
+    for first in range(0, len(order), batch_size):
+        group = order[first : first + batch_size]
+        for offset in range(0, int(lengths[group].max()), context_length):
+            left = np.clip(lengths[group] - offset, 0, context_length)
+            rows = [_row(stream, starts[i] + offset, n, context_length) for i, n in zip(group, left, strict=True)]
+            valid = np.arange(context_length) < left[:, None]
+            missing = ((0, batch_size - len(group)), (0, 0))
+            inputs, targets = (np.pad(np.stack(side), missing) for side in zip(*rows, strict=True))
+            yield EvalBatch(inputs, targets, np.pad(valid, missing), np.zeros(inputs.shape, bool), fresh=offset == 0)
+
+
+def _documents(stream: TokenStream) -> tuple[np.ndarray, np.ndarray]:
+    """Where every document starts, and how many of its tokens follow another."""
+    starts = np.asarray(stream.document_starts)
+    return starts, np.diff(np.append(starts, len(stream.tokens))) - 1
+
+
+def _row(stream: TokenStream, start: Any, length: Any, context_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and targets of `length` tokens from `start`, padded."""
+    tokens = stream.tokens[start : start + length + 1].astype(np.int32)
+    padding = (0, context_length - length)
+    return np.pad(tokens[:-1], padding), np.pad(tokens[1:], padding)
 
 
 def _stack(windows: Any) -> Batch:

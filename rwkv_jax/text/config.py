@@ -46,8 +46,9 @@ class DataConfig:
     """Tokens a sequence."""
     batch_size: int = 8
     """Sequences an update, over all devices and accumulated parts."""
-    documents: Literal["stream", "packed"] = "stream"
-    """stream: windows run on through documents; packed: the state is reset where a document starts."""
+    documents: Literal["stream", "packed", "rows"] = "stream"
+    """stream: windows run on through documents; packed: the state is reset where a document starts; rows: one document a row,
+    padded, longer ones in pieces."""
     seed: int = 0
     """Of the order of windows."""
 

@@ -93,3 +93,43 @@ def test_validation_marks_the_starts_of_documents_where_they_are_inputs(stream):
         starts[:, 0] &= batch.inputs[:, 0] != stream.tokens[-1]
         np.testing.assert_array_equal(batch.reset & batch.valid, starts)
     assert sum(int(batch.reset.sum()) for batch in batches) == len(stream.document_starts)
+
+
+def test_rows_have_every_token_but_a_documents_first_as_a_target_once(stream):
+    batches = draw(stream, batch_size=1, documents="rows")
+    targets, starts = [], []
+    for _ in range(22):  # documents of 7, 43, 1 and 152 tokens in rows of at most 10 targets
+        batch = next(batches)
+        length = batch.length[0]
+        np.testing.assert_array_equal(batch.targets[0, :length], batch.inputs[0, :length] + 1)
+        assert batch.inputs.shape == (1, 10) and not batch.targets[0, length:].any() and not batch.reset.any()
+        targets += batch.targets[0, :length].tolist()
+        starts.append(batch.inputs[0, 0])
+    assert sorted(targets) == sorted(set(range(203)) - {0, 7, 50, 51})
+    assert sorted(starts) == [0, *range(7, 49, 10), *range(51, 202, 10)]
+
+
+def test_a_text_of_fewer_rows_than_a_batch_is_refused(stream):
+    with pytest.raises(ValueError, match=r"makes 22 rows of at most data.context_length=10; data.batch_size=23"):
+        draw(stream, batch_size=23, documents="rows")
+
+
+@pytest.mark.parametrize(("rows", "context"), [(1, 7), (2, 10), (3, 200), (9, 16)])
+def test_a_walk_over_rows_goes_through_each_document_from_its_first_token(stream, rows, context):
+    targets, last = [], np.full(rows, -1)
+    for batch in validation_batches(stream, context_length=context, batch_size=rows, documents="rows"):
+        assert batch.inputs.shape == (rows, context)
+        for row in np.flatnonzero(batch.valid[:, 0]):
+            first = batch.inputs[row, 0]
+            assert first in (0, 7, 51) if batch.fresh else first == last[row]
+        last = batch.targets[:, -1]
+        assert not (~batch.valid[:, :-1] & batch.valid[:, 1:]).any()
+        np.testing.assert_array_equal(batch.targets[batch.valid], batch.inputs[batch.valid] + 1)
+        targets += batch.targets[batch.valid].tolist()
+    assert sorted(targets) == sorted(set(range(203)) - {0, 7, 50, 51})
+
+
+def test_a_limit_cuts_a_walk_over_rows(stream):
+    batches = validation_batches(stream, context_length=10, batch_size=3, limit=20, documents="rows")
+    targets = np.concatenate([batch.targets[batch.valid] for batch in batches])
+    assert sorted(targets) == [*range(1, 7), *range(8, 22)]
