@@ -23,12 +23,19 @@ class _Parameters(nnx.Module):
 
     def to_params(self) -> Any:
         """Returns the parameters as the pure functions take them."""
-        held = (getattr(self, name) for name in self._kind._fields)
-        return self._kind(*(x.to_params() if isinstance(x, _Parameters) else x[...] for x in held))
+        return self._kind(*(_held(getattr(self, name)) for name in self._kind._fields))
 
 
 def _hold(value: Any) -> Any:
+    if value is None:  # A parameter that this variant of a version does not have.
+        return None
     return _Parameters(value) if hasattr(value, "_fields") else nnx.Param(value)
+
+
+def _held(value: Any) -> Any:
+    if value is None:
+        return None
+    return value.to_params() if isinstance(value, _Parameters) else value[...]
 
 
 class _Layer(_Parameters):
