@@ -257,6 +257,10 @@ def report(
         print("\nheld-out text, bits per byte before and after fine-tuning:")
         for name, before, after in rows:
             print(f"  {name:18s} {before:.4f} -> {after:.4f}")
+    if start is not None and hasattr(start, "wkv"):
+        path = Path(settings.run.folder, "state.safetensors")
+        rwkv_jax.save_state(path, start, settings.model)
+        print(f"\nthe learned state, for other programs: {path}")
     print(f"\na sample, after {settings.run.prompt!r}:\n{settings.run.prompt}", end="")
     sampling = generate.Sampling(temperature=0.8, top_p=0.95)
     pieces = generate.stream(
