@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,11 +12,12 @@ from typing import BinaryIO, Literal, get_args
 
 from ..models import Config
 from . import huggingface, safetensors_file, torch_file
-from .stored import Checkpoint
+from .stored import Checkpoint, Stored, Tensors
 
 Format = Literal["safetensors", "pth", "huggingface"]
 """What can be written."""
 _BY_SUFFIX: dict[str, Format] = {".safetensors": "safetensors", ".st": "safetensors", ".pth": "pth", "": "huggingface"}
+_LAYER = re.compile(r"blocks\.(\d+)\.")
 _FOLDER_FILES = {"config.json", "model.safetensors"}
 
 
@@ -49,7 +51,7 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint, config: Config, format:
         return
     with whole_file(path) as file:
         if format == "pth":
-            torch_file.write(file, checkpoint.tensors)
+            torch_file.write(file, _layer_by_layer(checkpoint.tensors))
         else:
             safetensors_file.write(file, checkpoint.tensors, checkpoint.ln_x_eps)
 
@@ -91,6 +93,16 @@ def whole_folder(path: Path) -> Iterator[Path]:
             raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _layer_by_layer(tensors: Tensors) -> dict[str, Stored]:
+    """In the order of official files, from which the rwkv package tells RWKV-5 by meeting ln_x before a time_decay."""
+
+    def place(key: str) -> tuple[int, int]:
+        layer = _LAYER.match(key)
+        return (1, int(layer[1])) if layer else (0 if key.startswith("emb.") else 2, 0)
+
+    return {key: tensors[key] for key in sorted(tensors, key=place)}
 
 
 def _parent(path: Path) -> Path:

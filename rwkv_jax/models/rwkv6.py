@@ -271,23 +271,23 @@ def time_mix(
     shifted, att_x = token_shift(x, state.att_x, reset, length)
     delta = shifted - x
     mixed = _mix(x, delta, params.time_maa_x)
-    low = jnp.tanh(linear(mixed, params.time_maa_w1)).reshape(*x.shape[:2], 5, config.mix_rank)
-    shifts = jnp.einsum("btzr,zrd->zbtd", low, params.time_maa_w2.astype(x.dtype))
-    static = (params.time_maa_w, params.time_maa_k, params.time_maa_v, params.time_maa_r, params.time_maa_g)
-    x_w, x_k, x_v, x_r, x_g = (x + delta * (m.astype(x.dtype) + shift) for m, shift in zip(static, shifts, strict=True))
+    low = jnp.split(jnp.tanh(linear(mixed, params.time_maa_w1)), 5, axis=-1)
+
+    def project(low, matrix, mix, weight):
+        return linear(x + delta * (mix.astype(x.dtype) + linear(low, matrix)), weight)
+
+    mixes = (params.time_maa_w, params.time_maa_k, params.time_maa_v, params.time_maa_r, params.time_maa_g)
+    weights = (params.time_decay_w1, params.key, params.value, params.receptance, params.gate)
+    w_low, k, v, r, g = map(project, low, params.time_maa_w2, mixes, weights)
 
     def heads(y):
         return y.reshape(*y.shape[:2], config.num_heads, config.head_dim)
 
-    r = heads(linear(x_r, params.receptance))
-    k = heads(linear(x_k, params.key))
-    v = heads(linear(x_v, params.value))
     wide = state.wkv.dtype
-    low = jnp.tanh(linear(x_w, params.time_decay_w1))
-    decay = params.time_decay.astype(wide) + linear(low, params.time_decay_w2, dtype=wide)
+    decay = params.time_decay.astype(wide) + linear(jnp.tanh(w_low), params.time_decay_w2, dtype=wide)
     w, u = heads(-jnp.exp(decay)), params.time_faaaa.astype(wide)
-    wkv, new = wkv6(r, k, v, w, u, state.wkv, reset=reset, length=length, backend=backend)
-    y = group_norm(params.ln_x, wkv, config.ln_x_eps) * jax.nn.silu(linear(x_g, params.gate))
+    wkv, new = wkv6(heads(r), heads(k), heads(v), w, u, state.wkv, reset=reset, length=length, backend=backend)
+    y = group_norm(params.ln_x, wkv, config.ln_x_eps) * jax.nn.silu(g)
     return linear(y, params.output), state._replace(att_x=att_x, wkv=new)
 
 

@@ -56,9 +56,8 @@ def test_transformers_runs_our_folder_of_rwkv4(shared, tmp_path):
     np.testing.assert_allclose(logits, expected["logits"][:TOKENS], rtol=0, atol=TOLERANCE)
 
 
-# Not RWKV-5: version 0.8.32 of the package fails on it, before the first token, for want of an attribute n_head of its own.
 @pytest.mark.slow
-@pytest.mark.parametrize("name", references("synthetic-4v0", "synthetic-6v0", "synthetic-7v0"))
+@pytest.mark.parametrize("name", references("synthetic-4v0", "synthetic-5v2", "synthetic-6v0", "synthetic-7v0"))
 def test_the_rwkv_package_runs_our_pth(name, shared, tmp_path):
     needs("torch", "rwkv")
     source = shared / f"reference/{name.replace('-', '-rwkv-')}.safetensors"

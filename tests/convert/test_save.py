@@ -11,6 +11,7 @@ from small_models import SMALL
 
 import rwkv_jax
 from rwkv_jax.convert import safetensors_file
+from rwkv_jax.convert.formats import open_checkpoint
 
 CONFIG = rwkv_jax.RWKV4Config(vocab_size=17, num_layers=2, embed_dim=6)
 DTYPES = ["float32", "float16", "bfloat16"]
@@ -50,6 +51,16 @@ def test_pth_gives_back_every_bit_and_torch_reads_it(name, dtype, tmp_path):
     for key, tensor in official(params, config).items():
         assert by_torch[key].dtype == getattr(torch, dtype)
         np.testing.assert_array_equal(by_torch[key].float().numpy(), tensor.astype(np.float32))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_pth_is_ordered_layer_by_layer_as_official_files_are(name, tmp_path):
+    needs_torch()
+    rwkv_jax.save(tmp_path / "m.pth", random_params(SMALL[name]), SMALL[name])
+    keys = list(open_checkpoint(tmp_path / "m.pth").tensors)
+    layers = [int(key.split(".")[1]) for key in keys if key.startswith("blocks.")]
+    assert layers == sorted(layers)
+    assert keys[0] == "emb.weight" and keys[-1] == "head.weight"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
