@@ -1,5 +1,7 @@
 """A small config of each architecture with every term active, which the identities and the oracles are run on."""
 
+import pytest
+
 import rwkv_jax
 from rwkv_jax.models import ARCHITECTURES
 
@@ -19,4 +21,6 @@ SMALL = {
     ),
 }
 """By a name of its own; an architecture may stand here more than once."""
+EVERY = [pytest.param(name, marks=pytest.mark.slow if name.startswith("rwkv5") else ()) for name in SMALL]
+"""For tests that take long to compile: RWKV-5, which has RWKV-6's operator, is left to the slow ones."""
 assert {config.architecture for config in SMALL.values()} == ARCHITECTURES.keys()

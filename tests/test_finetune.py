@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from small_models import SMALL
+from small_models import EVERY, SMALL
 
 import rwkv_jax
 from rwkv_jax import config, finetune, train
@@ -22,7 +22,7 @@ ALL, LORA, STATE = (
 LENGTH = np.array([5, 1, 6, 3])
 
 
-@pytest.fixture(params=SMALL)
+@pytest.fixture(params=EVERY)
 def model(request):
     return SMALL[request.param]
 
@@ -171,7 +171,13 @@ def test_an_evaluation_starts_each_document_from_the_learned_state(model, base):
     params, start = finetune.assembler(STATE, model)(learned, base)
     ids = tokens(model, (2, 9))
     batches = [
-        EvalBatch(ids[:, first : first + 4], ids[:, first + 1 : first + 5], np.ones((2, 4), bool), fresh)
+        EvalBatch(
+            ids[:, first : first + 4],
+            ids[:, first + 1 : first + 5],
+            np.ones((2, 4), bool),
+            np.zeros((2, 4), bool),
+            fresh,
+        )
         for first, fresh in [(0, True), (4, False), (0, True)]
     ]
     cost = train.evaluate(params, model, batches, start=start)

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from small_models import SMALL
+from small_models import EVERY, SMALL
 
 import rwkv_jax
 from rwkv_jax.loss import language_model_loss
@@ -16,7 +16,7 @@ from rwkv_jax.models import module_of
 from rwkv_jax.nnx import RWKV, Block, ChannelMix, TimeMix
 
 
-@pytest.fixture(params=SMALL)
+@pytest.fixture(params=EVERY)
 def config(request):
     return SMALL[request.param]
 

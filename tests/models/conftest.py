@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_models import SMALL
+from small_models import EVERY, SMALL
 
 import rwkv_jax
 
 
-@pytest.fixture(params=SMALL)
+@pytest.fixture(params=EVERY)
 def config(request):
     return SMALL[request.param]
 
