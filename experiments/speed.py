@@ -36,6 +36,8 @@ class Shape(NamedTuple):
     architecture: str = "rwkv4"
     backend: str | None = None
     """Of the WKV operator; None: the best here."""
+    accumulate: int = 1
+    """Parts that a training batch is cut into, as by `optim.accumulate`: less memory, and on CPU more of it in cache."""
 
 
 SHAPES = {
@@ -43,8 +45,8 @@ SHAPES = {
     "train-1024": Shape("train", 6, 256, 256, 8, 1024),
     "train-4096": Shape("train", 6, 256, 256, 8, 4096),
     "train7-256": Shape("train", 6, 256, 256, 8, 256, "rwkv7"),
-    "train7-1024": Shape("train", 6, 256, 256, 8, 1024, "rwkv7"),
-    "train7-4096": Shape("train", 6, 256, 256, 8, 4096, "rwkv7"),
+    "train7-1024": Shape("train", 6, 256, 256, 8, 1024, "rwkv7", accumulate=4),
+    "train7-4096": Shape("train", 6, 256, 256, 8, 4096, "rwkv7", accumulate=8),
     "train7-1024-scan": Shape("train", 6, 256, 256, 8, 1024, "rwkv7", "scan"),
     "prefill-512": Shape("prefill", 12, 768, 50277, 1, 512),
     "decode-1": Shape("decode", 12, 768, 50277, 1, 64),
@@ -138,7 +140,14 @@ def measure(shape: Shape) -> dict[str, float]:
     if shape.work == "train":
         optimizer = optim.make_optimizer(optim.OptimConfig(), module_of(config).declare(config), 1000)
         state = train.init_train_state(jax.random.key(0), config, optimizer)
-        step = partial(train.train_step, config=config, optimizer=optimizer, l2wrap=1e-4, backend=shape.backend)
+        step = partial(
+            train.train_step,
+            config=config,
+            optimizer=optimizer,
+            l2wrap=1e-4,
+            backend=shape.backend,
+            accumulate=shape.accumulate,
+        )
         lowered = jax.jit(step, donate_argnums=0).lower(state, tokens[:, :-1], tokens[:, 1:], None)
         compiled, compile_s = _compile(lowered)
         call = lambda carry: compiled(carry, tokens[:, :-1], tokens[:, 1:], None)[0]  # noqa: E731
