@@ -17,7 +17,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import launch
 
@@ -36,6 +36,7 @@ class Shape(NamedTuple):
     architecture: str = "rwkv4"
     backend: str | None = None
     """Of the WKV operator; None: the best here."""
+    remat: Literal["block", "elementwise", "none"] = "elementwise"
     accumulate: int = 1
     """Parts that a training batch is cut into, as by `optim.accumulate`: less memory, and on CPU more of it in cache."""
 
@@ -46,7 +47,7 @@ SHAPES = {
     "train-4096": Shape("train", 6, 256, 256, 8, 4096),
     "train7-256": Shape("train", 6, 256, 256, 8, 256, "rwkv7"),
     "train7-1024": Shape("train", 6, 256, 256, 8, 1024, "rwkv7", accumulate=4),
-    "train7-4096": Shape("train", 6, 256, 256, 8, 4096, "rwkv7", accumulate=8),
+    "train7-4096": Shape("train", 6, 256, 256, 8, 4096, "rwkv7", remat="block", accumulate=4),
     "train7-1024-scan": Shape("train", 6, 256, 256, 8, 1024, "rwkv7", "scan"),
     "prefill-512": Shape("prefill", 12, 768, 50277, 1, 512),
     "decode-1": Shape("decode", 12, 768, 50277, 1, 64),
@@ -131,7 +132,7 @@ def measure(shape: Shape) -> dict[str, float]:
     from rwkv_jax.models import ARCHITECTURES, module_of
 
     config = ARCHITECTURES[shape.architecture](
-        vocab_size=shape.vocab_size, num_layers=shape.num_layers, embed_dim=shape.embed_dim, remat="elementwise"
+        vocab_size=shape.vocab_size, num_layers=shape.num_layers, embed_dim=shape.embed_dim, remat=shape.remat
     )
     tokens = np.random.default_rng(0).integers(0, shape.vocab_size, (shape.batch_size, shape.num_tokens + 1))
     tokens = jnp.asarray(tokens, jnp.int32)
