@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from small_models import EVERY, SMALL
+from small_models import FAST, SMALL
 
 import rwkv_jax
 from rwkv_jax import config, finetune, train
@@ -22,7 +22,7 @@ ALL, LORA, STATE = (
 LENGTH = np.array([5, 1, 6, 3])
 
 
-@pytest.fixture(params=EVERY)
+@pytest.fixture(params=FAST)
 def model(request):
     return SMALL[request.param]
 

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from small_models import EVERY, SMALL
+from small_models import FAST, SMALL
 
 import rwkv_jax
 from rwkv_jax.loss import language_model_loss
@@ -16,7 +16,7 @@ from rwkv_jax.models import module_of
 from rwkv_jax.nnx import RWKV, Block, ChannelMix, TimeMix
 
 
-@pytest.fixture(params=EVERY)
+@pytest.fixture(params=FAST)
 def config(request):
     return SMALL[request.param]
 
