@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from small_models import FAST, SMALL
+from small_models import SMALL
 
 import rwkv_jax
 from rwkv_jax import config, finetune, train
@@ -22,7 +22,7 @@ ALL, LORA, STATE = (
 LENGTH = np.array([5, 1, 6, 3])
 
 
-@pytest.fixture(params=FAST)
+@pytest.fixture(params=["rwkv4", pytest.param("rwkv7", marks=pytest.mark.exhaustive)])
 def model(request):
     return SMALL[request.param]
 

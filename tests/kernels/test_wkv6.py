@@ -12,6 +12,7 @@ from rwkv_kernels.wkv6 import cases
 from rwkv_kernels.wkv6.api import BACKENDS
 from rwkv_kernels.wkv6.parallel import MAX_CHUNK, chunk_length
 
+QUICK = ("one_token", "ragged_end", "strongest_decay", "lengths_and_resets", "whole_chunks_constant_decay")
 FAST = [name for name in BACKENDS if name != "scan"]
 
 
@@ -58,7 +59,9 @@ def as_float32(inputs):
 
 
 @pytest.mark.parametrize("backend", FAST)
-@pytest.mark.parametrize("name", cases.CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.exhaustive) for name in cases.CASES]
+)
 def test_backend_equals_scan_in_outputs_and_all_gradients(name, backend, x64):
     check(cases.CASES[name], backend, [jnp.float64, jnp.float32, jnp.bfloat16])
 
