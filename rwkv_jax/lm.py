@@ -65,7 +65,8 @@ def forward(
     Args:
         params: From `init` or `load`. float64 parameters compute everything in float64.
         config: The model's; static under jit.
-        tokens: Ids. One outside the vocabulary raises here, or, traced under jit, makes its row's logits NaN.
+        tokens: Ids. One outside the vocabulary raises here, or, traced under jit, makes its row's
+            logits from there on, and the row's state, NaN.
         state: From an earlier call or `init_state`; None is the zero state.
         reset: True where a token starts a new sequence: it sees nothing before it, not even `state`. None: nowhere.
         length: How many tokens of each row count, 0 to T; those after leave the state untouched and their logits
@@ -112,8 +113,16 @@ def hidden(
 
     if config.remat != "none":
         layer = jax.checkpoint(layer, prevent_cse=False, policy=_REMAT_POLICIES[config.remat])
-    x = layer_norm(params.ln0, embed(params.emb, tokens).astype(dtype))
+    # A foreign token must not pass for another one. It is marked at the end: inside, NaN would reach tokens before it, since an
+    # operator may form its products over a whole chunk.
+    foreign = (tokens < 0) | (tokens >= config.vocab_size)
+    if length is not None:
+        foreign &= jnp.arange(tokens.shape[1]) < length[:, None]
+    x = layer_norm(params.ln0, embed(params.emb, jnp.where(foreign, 0, tokens)).astype(dtype))
     (x, _), state = jax.lax.scan(layer, (x, model.init_depth(config, x)), (params.blocks, state))
+    x = jnp.where(jnp.cumsum(foreign, axis=1)[..., None] > 0, jnp.nan, x)
+    spoilt = foreign.any(1)
+    state = jax.tree.map(lambda s: jnp.where(spoilt.reshape(-1, *[1] * (s.ndim - 2)), jnp.nan, s), state)
     return layer_norm(params.ln_out, x), state
 
 
