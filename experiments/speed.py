@@ -151,13 +151,20 @@ def measure(shape: Shape) -> dict[str, float]:
         )
         lowered = jax.jit(step, donate_argnums=0).lower(state, tokens[:, :-1], tokens[:, 1:], None)
         compiled, compile_s = _compile(lowered)
-        call = lambda carry: compiled(carry, tokens[:, :-1], tokens[:, 1:], None)[0]  # noqa: E731
+
+        def call(carry: Any) -> Any:
+            return compiled(carry, tokens[:, :-1], tokens[:, 1:], None)[0]
+
         cost *= 3
     elif shape.work == "prefill":
         params = rwkv_jax.init(jax.random.key(0), config)
         forward = jax.jit(partial(rwkv_jax.forward, positions="last", backend=shape.backend), static_argnums=1)
         compiled, compile_s = _compile(forward.lower(params, config, tokens[:, :-1]))
-        state, call = None, lambda carry: compiled(params, tokens[:, :-1])
+        state = None
+
+        def call(carry: Any) -> Any:
+            return compiled(params, tokens[:, :-1])
+
         cost -= 2 * shape.embed_dim * shape.vocab_size
     else:
         params = rwkv_jax.init(jax.random.key(0), config)
@@ -165,7 +172,10 @@ def measure(shape: Shape) -> dict[str, float]:
         state = (logits[:, 0], rwkv_state, jnp.zeros_like(logits[:, 0]), jax.random.key(0))
         kwargs = {"sampling": generate.Sampling(temperature=0), "num_tokens": shape.num_tokens}
         compiled, compile_s = _compile(generate.decode.lower(params, config, *state, **kwargs))
-        call = lambda carry: compiled(params, *carry)[1]  # noqa: E731
+
+        def call(carry: Any) -> Any:
+            return compiled(params, *carry)[1]
+
     seconds = _time(call, state, jax.block_until_ready)
     speed = shape.batch_size * shape.num_tokens / seconds
     peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

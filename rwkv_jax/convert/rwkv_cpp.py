@@ -107,7 +107,10 @@ def _stored(path: Path, offset: int, shape: tuple[int, ...], encoding: str) -> t
 
 def _official(tensors: Tensors) -> dict[str, Stored]:
     """What rwkv.cpp's converter does, undone; which version's it was shows in the names."""
-    has = lambda name: f"blocks.0.att.{name}" in tensors  # noqa: E731
+
+    def has(name: str) -> bool:
+        return f"blocks.0.att.{name}" in tensors
+
     if has("r_k") or has("time_maa_x"):
         change_decay = change_first = _same
     elif has("ln_x.weight"):

@@ -10,7 +10,7 @@ import rwkv_jax
 from rwkv_jax.convert.hub import locate
 
 hub = pytest.importorskip("huggingface_hub", reason="hf:// needs the package huggingface_hub")
-constants = pytest.importorskip("huggingface_hub.constants")
+constants = pytest.importorskip("huggingface_hub.constants", reason="hf:// needs the package huggingface_hub")
 CONFIG = rwkv_jax.RWKV4Config(vocab_size=17, num_layers=2, embed_dim=6)
 
 

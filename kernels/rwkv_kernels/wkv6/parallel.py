@@ -150,7 +150,10 @@ def _spoilt(bad, reset) -> Bool[Array, "B T"]:
     In a product with a matrix of zeros such a token would reach those before it too, and those after a reset: so it takes no
     part in the products, and is put back in what depends on it.
     """
-    last = lambda flags: lax.cummax(jnp.where(flags, jnp.arange(flags.shape[1]), -1), axis=1)  # noqa: E731
+
+    def last(flags):
+        return lax.cummax(jnp.where(flags, jnp.arange(flags.shape[1]), -1), axis=1)
+
     return last(bad) >= (0 if reset is None else jnp.maximum(last(reset), 0))
 
 
