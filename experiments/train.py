@@ -4,6 +4,11 @@ The run's folder holds everything; the same command continues it. Any field of t
 `--model.num_layers 4 --run.folder runs/small`; `--help` lists them all. `--finetune.init_from PATH` starts from a trained model.
 """
 
+import launch
+
+if __name__ == "__main__":
+    launch.with_huge_pages()  # Before the imports that take seconds.
+
 import dataclasses
 import gzip
 import lzma
@@ -18,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import launch
 import numpy as np
 from tqdm import tqdm
 
@@ -309,5 +313,4 @@ class StopSignal:
 
 
 if __name__ == "__main__":
-    launch.with_huge_pages()
     main()

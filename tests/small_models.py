@@ -22,6 +22,6 @@ SMALL = {
 }
 """By a name of its own; an architecture may stand here more than once."""
 FAST = ("rwkv4", "rwkv7")
-EVERY = [*FAST, *(pytest.param(name, marks=pytest.mark.exhaustive) for name in SMALL if name not in FAST)]
+EVERY = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SMALL if name not in FAST)]
 """For tests that take long to compile."""
 assert {config.architecture for config in SMALL.values()} == ARCHITECTURES.keys()

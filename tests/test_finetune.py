@@ -22,7 +22,7 @@ ALL, LORA, STATE = (
 LENGTH = np.array([5, 1, 6, 3])
 
 
-@pytest.fixture(params=["rwkv4", pytest.param("rwkv7", marks=pytest.mark.exhaustive)])
+@pytest.fixture(params=["rwkv4", pytest.param("rwkv7", marks=pytest.mark.slow)])
 def model(request):
     return SMALL[request.param]
 

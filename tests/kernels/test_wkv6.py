@@ -60,7 +60,7 @@ def as_float32(inputs):
 
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.exhaustive) for name in cases.CASES]
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in cases.CASES]
 )
 def test_backend_equals_scan_in_outputs_and_all_gradients(name, backend, x64):
     check(cases.CASES[name], backend, [jnp.float64, jnp.float32, jnp.bfloat16])

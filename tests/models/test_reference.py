@@ -84,7 +84,7 @@ def test_the_numpy_oracle_equals_the_reference(name, shared, x64):
     [
         (np.float64, "cut"),
         *(
-            pytest.param(dtype, how, marks=pytest.mark.exhaustive)
+            pytest.param(dtype, how, marks=pytest.mark.slow)
             for dtype, how in [
                 (np.float64, "whole"),
                 (np.float64, "token_by_token"),
