@@ -1,7 +1,7 @@
 """Trains a language model: `python experiments/train.py --cfg experiments/configs/quickstart.toml`.
 
 The run's folder holds everything; the same command continues it. Any field of the config can be overridden, for example
-`--model.num_layers 4 --run.folder runs/small`; `--help` lists them all. `--finetune.init_from PATH` starts from a trained model.
+`--model.num_layers 4 --run.folder runs/small`; `--help` lists them all. `--init_from PATH` starts from a trained model.
 """
 
 import launch

@@ -79,6 +79,10 @@ class Settings:
             )
 
 
+_SHORT = {"--init_from": "--finetune.init_from"}
+"""Options that may be given without their section."""
+
+
 class ConfigError(ValueError):
     """A config that cannot be used: names the file or option, the key and the way out."""
 
@@ -205,7 +209,8 @@ def _take_cfg(arguments: list[str]) -> tuple[str | None, list[str]]:
             if not file:
                 raise ConfigError("command line: --cfg needs a file")
         else:
-            rest.append(argument)
+            name, equals, value = argument.partition("=")
+            rest.append(_SHORT.get(name, name) + equals + value)
     return file, rest
 
 
@@ -237,8 +242,9 @@ def _parser(sections: Mapping[str, type], program: str) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog=program,
-        usage=f"{program} [--cfg FILE.toml] [--SECTION.KEY VALUE ...]",
-        description="--cfg names a TOML file with the sections below; options given here beat it. 'null' stands for none.",
+        usage=f"{program} [--cfg FILE.toml] [--init_from MODEL] [--SECTION.KEY VALUE ...]",
+        description="--cfg names a TOML file with the sections below; options given here beat it. 'null' stands for none. "
+        "--init_from is short for --finetune.init_from.",
         exit_on_error=False,
         allow_abbrev=False,
         default_env=False,

@@ -117,7 +117,7 @@ RWKV_CPP_TYPES = {"float32": 0, "float16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 7, "
 
 def as_rwkv_cpp_has_it(tensors):
     """What RWKV/rwkv.cpp's converter makes of official tensors of any version."""
-    has = lambda name: f"blocks.0.att.{name}" in tensors  # noqa: E731
+    has = lambda name: f"blocks.0.att.{name}" in tensors
     five = has("ln_x.weight") and not has("time_maa_x") and not has("r_k")
     changed = {}
     for key, x in tensors.items():

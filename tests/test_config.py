@@ -90,6 +90,12 @@ def test_null_on_the_command_line_undoes_an_optional_value_of_the_file(file):
     assert settings.run.backend is None
 
 
+@pytest.mark.parametrize("arguments", [["--init_from", "model.pth"], ["--init_from=model.pth"]])
+def test_init_from_may_be_given_without_its_section(file, arguments):
+    assert parse(["--cfg", file, *arguments]) == parse(["--cfg", file, "--finetune.init_from", "model.pth"])
+    assert "finetune.init_from" in config.given_fields(arguments)
+
+
 @pytest.mark.parametrize("abbreviation", ["--model.num", "--model.num_layer", "--mod.num_layers", "--num_layers", "-m"])
 def test_abbreviations_are_refused(abbreviation):
     with pytest.raises(ConfigError):

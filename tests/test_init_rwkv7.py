@@ -31,7 +31,7 @@ def vectors(layer, num_layers, width, size):
     for i in range(width):
         line = i / (width - 1) - 0.5
         z = (i % size - (size - 1) / 2) / ((size - 1) / 2)
-        mix = lambda power, i=i: 1 - (i / width) ** power  # noqa: E731
+        mix = lambda power, i=i: 1 - (i / width) ** power
         rows.append(
             {
                 "att.x_r": mix(0.2 * down), "att.x_w": mix(0.9 * down), "att.x_k": mix(0.7 * down), "att.x_v": mix(0.7 * down),

@@ -36,8 +36,8 @@ def run(inputs, dtype, backend):
 
 def bfloat16_exact(inputs):
     """The same problem with k, v rounded to bfloat16 and the rest to float32, so that every dtype solves the same."""
-    low = lambda x: np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)  # noqa: E731
-    single = lambda x: np.asarray(x, np.float32).astype(np.float64)  # noqa: E731
+    low = lambda x: np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)
+    single = lambda x: np.asarray(x, np.float32).astype(np.float64)
     w, u, state = single(inputs.w), single(inputs.u), tuple(map(single, inputs.state))
     return inputs._replace(k=low(inputs.k), v=low(inputs.v), w=w, u=u, state=state)
 
@@ -159,7 +159,7 @@ def loops(jaxpr):
 @pytest.mark.parametrize("num_tokens", [4, 16, 64, 100, 1024])
 def test_parallel_has_no_loop_over_time(num_tokens):
     k = jnp.ones((1, num_tokens, 2))
-    op = lambda k, backend: wkv4(k, k, -jnp.ones(2), jnp.ones(2), backend=backend)[0].sum()  # noqa: E731
+    op = lambda k, backend: wkv4(k, k, -jnp.ones(2), jnp.ones(2), backend=backend)[0].sum()
     assert num_tokens in list(loops(jax.make_jaxpr(lambda k: op(k, "scan"))(k).jaxpr))
     lengths = list(loops(jax.make_jaxpr(jax.grad(lambda k: op(k, "parallel")))(k).jaxpr))
     assert lengths
@@ -170,7 +170,7 @@ def test_parallel_has_no_loop_over_time(num_tokens):
 def test_scan_has_no_custom_vjp_and_takes_forward_mode_and_hessians():
     inputs = cases.make(cases.Case(batch_size=1, num_tokens=6, embed_dim=2, time_decay=(-1, 0)))
     k, v, w, u = (jnp.asarray(x, jnp.float32) for x in (inputs.k, inputs.v, inputs.w, inputs.u))
-    loss = lambda w: jnp.sum(jnp.square(wkv4(k, v, w, u, backend="scan")[0]))  # noqa: E731
+    loss = lambda w: jnp.sum(jnp.square(wkv4(k, v, w, u, backend="scan")[0]))
     assert "custom_vjp" not in str(jax.make_jaxpr(loss)(w))
     hessian = jax.hessian(loss)(w)
     step = 1e-2

@@ -34,8 +34,8 @@ def run(inputs, dtype, backend):
 
 def bfloat16_exact(inputs):
     """The same problem with r, k, v rounded to bfloat16 and the rest to float32, so that every dtype solves the same."""
-    low = lambda x: np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)  # noqa: E731
-    single = lambda x: np.asarray(x, np.float32).astype(np.float64)  # noqa: E731
+    low = lambda x: np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)
+    single = lambda x: np.asarray(x, np.float32).astype(np.float64)
     w, u, state = single(inputs.w), single(inputs.u), single(inputs.state)
     return inputs._replace(r=low(inputs.r), k=low(inputs.k), v=low(inputs.v), w=w, u=u, state=state)
 
@@ -92,7 +92,7 @@ def test_output_is_the_sum_over_earlier_tokens(constant, backend, x64):
 @pytest.mark.parametrize("w", [-1e5, -np.inf, -1e-30])
 def test_decays_past_any_exponent_stay_finite(w, backend):
     r, k, v, _, u = as_float32(cases.make(cases.Case(num_tokens=40)))
-    op = lambda w: wkv6(r, k, v, w, u, backend=backend)[0].sum()  # noqa: E731
+    op = lambda w: wkv6(r, k, v, w, u, backend=backend)[0].sum()
     for shape in (k.shape, u.shape):
         value, gradient = jax.value_and_grad(op)(jnp.full(shape, w, jnp.float32))
         assert np.isfinite(value) and np.isfinite(gradient).all()
@@ -116,7 +116,7 @@ def test_a_weak_decay_after_a_strong_one_keeps_its_digits(backend, x64):
 def test_future_tokens_do_not_change_past_outputs(backend):
     r, k, v, w, u = as_float32(cases.make(cases.Case(num_tokens=40)))
     y, _ = wkv6(r, k, v, w, u, backend=backend)
-    late = lambda x, change: x.at[:, 25:].add(change)  # noqa: E731
+    late = lambda x, change: x.at[:, 25:].add(change)
     changed, _ = wkv6(late(r, 3), late(k, 3), late(v, 3), late(w, -3), u, backend=backend)
     np.testing.assert_array_equal(y[:, :25], changed[:, :25])
     assert not np.allclose(y[:, 25:], changed[:, 25:])
@@ -178,7 +178,7 @@ def test_vmap_over_every_argument_equals_a_loop(name, backend):
         for inputs in (cases.make(cases.CASES[name], seed) for seed in range(3))
     ]
     grad = jax.grad(loss, allow_int=True)
-    one = lambda x: (op(x), grad(x)[:6])  # noqa: E731
+    one = lambda x: (op(x), grad(x)[:6])
     batched, single = jax.jit(jax.vmap(one))(jax.tree.map(lambda *x: jnp.stack(x), *problems)), jax.jit(one)
     for i, problem in enumerate(problems):
         for a, b in zip(jax.tree.leaves(batched), jax.tree.leaves(single(problem)), strict=True):
@@ -199,7 +199,7 @@ def loops(jaxpr):
 @pytest.mark.parametrize("num_tokens", [4, 16, 64, 100, 1024])
 def test_parallel_has_no_loop_over_time(num_tokens):
     k = jnp.ones((1, num_tokens, 1, 2))
-    op = lambda k, backend: wkv6(k, k, k, -k, k[0, 0], backend=backend)[0].sum()  # noqa: E731
+    op = lambda k, backend: wkv6(k, k, k, -k, k[0, 0], backend=backend)[0].sum()
     assert num_tokens in list(loops(jax.make_jaxpr(lambda k: op(k, "scan"))(k).jaxpr))
     lengths = list(loops(jax.make_jaxpr(jax.grad(lambda k: op(k, "parallel")))(k).jaxpr))
     assert lengths
@@ -227,7 +227,7 @@ def test_backward_stores_one_state_a_chunk_and_nothing_of_a_chunk():
 def test_scan_has_no_custom_vjp_and_takes_forward_mode_and_hessians():
     case = cases.Case(batch_size=1, num_tokens=6, num_heads=1, key_dim=2, time_decay=(-1, 0), constant=True)
     r, k, v, w, u = as_float32(cases.make(case))
-    loss = lambda w: jnp.sum(jnp.square(wkv6(r, k, v, w, u, backend="scan")[0]))  # noqa: E731
+    loss = lambda w: jnp.sum(jnp.square(wkv6(r, k, v, w, u, backend="scan")[0]))
     assert "custom_vjp" not in str(jax.make_jaxpr(loss)(w))
     hessian = jax.hessian(loss)(w)
     step = 1e-2

@@ -37,8 +37,8 @@ def run(inputs, dtype, backend):
 
 def bfloat16_exact(inputs):
     """The same problem with tokens rounded to bfloat16, w and state to float32, so that every dtype solves the same."""
-    low = lambda x: np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)  # noqa: E731
-    single = lambda x: np.asarray(x, np.float32).astype(np.float64)  # noqa: E731
+    low = lambda x: np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)
+    single = lambda x: np.asarray(x, np.float32).astype(np.float64)
     rounded = {name: low(getattr(inputs, name)) for name in TOKENS if name != "w"}
     return inputs._replace(w=single(inputs.w), state=single(inputs.state), **rounded)
 
@@ -89,7 +89,7 @@ def test_output_and_state_follow_the_recurrence(backend, x64):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_without_resets_and_lengths_nothing_changes(backend):
     inputs = as_float32(cases.make(cases.Case(num_tokens=37)))
-    op = lambda **masks: wkv7(*inputs[:7], backend=backend, **masks)  # noqa: E731
+    op = lambda **masks: wkv7(*inputs[:7], backend=backend, **masks)
     plain, masked = op(), op(reset=inputs.reset, length=inputs.length)
     for a, b in zip(plain, masked, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
@@ -191,7 +191,7 @@ def loops(jaxpr):
 @pytest.mark.parametrize("num_tokens", [4, 16, 64, 100, 1024])
 def test_parallel_has_no_loop_over_time(num_tokens):
     x = jnp.ones((1, num_tokens, 1, 2))
-    op = lambda x, backend: wkv7(x, -x, x, x, x, x, backend=backend)[0].sum()  # noqa: E731
+    op = lambda x, backend: wkv7(x, -x, x, x, x, x, backend=backend)[0].sum()
     assert num_tokens in list(loops(jax.make_jaxpr(lambda x: op(x, "scan"))(x).jaxpr))
     lengths = list(loops(jax.make_jaxpr(jax.grad(lambda x: op(x, "parallel")))(x).jaxpr))
     assert lengths
@@ -202,7 +202,7 @@ def test_parallel_has_no_loop_over_time(num_tokens):
 def test_scan_has_no_custom_vjp_and_takes_forward_mode_and_hessians():
     inputs = as_float32(cases.make(cases.Case(batch_size=1, num_tokens=6, num_heads=1, key_dim=2, value_dim=2)))
     r, _, *rest = inputs[:7]
-    loss = lambda w: jnp.sum(jnp.square(wkv7(r, jnp.broadcast_to(w, r.shape), *rest, backend="scan")[0]))  # noqa: E731
+    loss = lambda w: jnp.sum(jnp.square(wkv7(r, jnp.broadcast_to(w, r.shape), *rest, backend="scan")[0]))
     w = jnp.array([-0.5, -0.1])
     assert "custom_vjp" not in str(jax.make_jaxpr(loss)(w))
     hessian, step = jax.hessian(loss)(w), 1e-2

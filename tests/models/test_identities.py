@@ -195,7 +195,7 @@ def test_state_size_does_not_grow_with_length(run, config):
 
 def test_scan_takes_jvp_and_hessian_products(params, config):
     tokens = draw(config, 1, 7)
-    loss = lambda p: rwkv_jax.forward(p, config, tokens, backend="scan")[0].var()  # noqa: E731
+    loss = lambda p: rwkv_jax.forward(p, config, tokens, backend="scan")[0].var()
     assert "custom_vjp" not in str(jax.make_jaxpr(loss)(params))
     tangent = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), params)
     product = jax.jit(lambda p, t: jax.jvp(jax.grad(loss), (p,), (t,))[1])(params, tangent)
@@ -215,7 +215,7 @@ def lengths_of_loops(jaxpr):
 
 
 def test_parallel_has_no_loop_over_time_forward_or_backward(params, config):
-    loss = lambda p, backend: rwkv_jax.forward(p, config, draw(config, 1, 121), backend=backend)[0].sum()  # noqa: E731
+    loss = lambda p, backend: rwkv_jax.forward(p, config, draw(config, 1, 121), backend=backend)[0].sum()
     assert 121 in list(lengths_of_loops(jax.make_jaxpr(jax.grad(partial(loss, backend="scan")))(params).jaxpr))
     lengths = list(lengths_of_loops(jax.make_jaxpr(jax.grad(partial(loss, backend="parallel")))(params).jaxpr))
     assert all(n is not None and n <= 24 for n in lengths)

@@ -150,7 +150,7 @@ def test_directional_derivatives_through_both_ends_of_the_state(name, backend, s
     tokens = jnp.asarray(expected["tokens"])[None]
     state_type = type(rwkv_jax.init_state(config, 1))
     initial = state_type(*(jnp.asarray(states[f"state_at_split.{k}"])[:, None] for k in state_type._fields))
-    wave = lambda x: jnp.sin(1 + 0.37 * jnp.arange(x.size)).reshape(x.shape)  # noqa: E731
+    wave = lambda x: jnp.sin(1 + 0.37 * jnp.arange(x.size)).reshape(x.shape)
 
     def loss(params, state):
         logits, final = rwkv_jax.forward(params, config, tokens[:, :-1], state, backend=backend)
@@ -172,7 +172,7 @@ def test_directional_derivatives_through_both_ends_of_the_state(name, backend, s
 def finer_difference(shared, name, key, tokens, step=1e-6):
     """The oracle's central difference of the directional files' loss along one tensor (their step is about 3e-5)."""
     weights, _, config, states = load_reference(shared, name, np.float64)
-    wave = lambda x: np.sin(1 + 0.37 * np.arange(x.size)).reshape(x.shape)  # noqa: E731
+    wave = lambda x: np.sin(1 + 0.37 * np.arange(x.size)).reshape(x.shape)
     initial = {k.removeprefix("state_at_split."): states[k] for k in states.files if k.startswith("state_at_split.")}
 
     def loss(step):

@@ -18,7 +18,7 @@ def test_extreme_decays_and_keys_stay_finite(time_decay, backend):
     att = att._replace(time_decay=jnp.full_like(att.time_decay, time_decay), key=key)
     params = params._replace(blocks=params.blocks._replace(att=att))
     tokens = jax.random.randint(jax.random.key(2), (2, 300), 0, 11)
-    loss = lambda p: jnp.var(rwkv_jax.forward(p, config, tokens, backend=backend)[0])  # noqa: E731
+    loss = lambda p: jnp.var(rwkv_jax.forward(p, config, tokens, backend=backend)[0])
     value, grads = jax.jit(jax.value_and_grad(loss))(params)
     assert np.isfinite(value)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))

@@ -90,7 +90,7 @@ def test_the_cache_is_used_again_and_made_anew_when_a_file_changes(folder, tmp_p
     monkeypatch.setattr(
         ByteTokenizer, "encode", lambda self, text: calls.append(1) or np.frombuffer(text, np.uint8).astype(np.int32)
     )
-    make = lambda: tokenise(text_files(str(folder)), ByteTokenizer(), tmp_path / "cache")  # noqa: E731
+    make = lambda: tokenise(text_files(str(folder)), ByteTokenizer(), tmp_path / "cache")
     make(), make()
     assert len(calls) == 20
     (folder / "00.txt").write_text("changed")
@@ -101,7 +101,7 @@ def test_the_cache_is_used_again_and_made_anew_when_a_file_changes(folder, tmp_p
 
 
 def test_a_damaged_or_half_written_cache_is_made_anew(folder, tmp_path):
-    make = lambda: tokenise(text_files(str(folder)), ByteTokenizer(), tmp_path / "cache")  # noqa: E731
+    make = lambda: tokenise(text_files(str(folder)), ByteTokenizer(), tmp_path / "cache")
     expected = make().tokens.tobytes()
     (cached,) = (tmp_path / "cache").iterdir()
     for name in ("tokens.bin", "meta.json", "document_starts.npy"):
