@@ -47,7 +47,7 @@ def main() -> None:
         config = GenerateConfig(**{field.name: values[field.name] for field in fields(GenerateConfig)})
         sampling = generate.Sampling(**{field.name: values[field.name] for field in fields(generate.Sampling)})
         run(config, sampling)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"generate.py: {error}", file=sys.stderr)
         raise SystemExit(1) from error
 

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 import rwkv_jax
 from rwkv_jax import checkpoint, config, devices, finetune, generate, lm, optim, run_folder, run_log, text, train
+from rwkv_jax.convert import hub
 
 SAMPLE_TOKENS = 320
 
@@ -37,7 +38,7 @@ def main() -> None:
     settings = config.parse_or_exit(sys.argv[1:], "train.py")
     try:
         run(*starting_point(settings, config.given_fields(sys.argv[1:])))
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         raise SystemExit(1) from error
 
@@ -51,11 +52,19 @@ def starting_point(settings: config.Settings, given: Collection[str]) -> tuple[c
     if origin is None:
         return settings, None
     if checkpoint.is_checkpoint(folder):
-        base, model = checkpoint.load_base(folder), config.load(folder / run_folder.CONFIG).model
+        base, saved = checkpoint.load_base(folder), config.load(folder / run_folder.CONFIG)
+        model, pinned = saved.model, saved.finetune.init_from
+        if pinned is not None and pinned.startswith(f"{origin}@"):  # The run keeps to the revision that it began with.
+            origin = pinned
     else:
-        base, model = rwkv_jax.load(origin, dtype="float32")
+        origin = hub.pinned(origin)
+        eps = getattr(settings.model, "ln_x_eps", None) if "model.ln_x_eps" in given else None
+        base, model = rwkv_jax.load(origin, dtype="float32", ln_x_eps=eps)
     finetune.check_tokenizer(settings.data.tokenizer, model, origin)
-    return dataclasses.replace(settings, model=finetune.resolve_model(settings.model, given, model, origin)), base
+    model = finetune.resolve_model(settings.model, given, model, origin)
+    return dataclasses.replace(
+        settings, model=model, finetune=dataclasses.replace(settings.finetune, init_from=origin)
+    ), base
 
 
 def run(settings: config.Settings, base: Any) -> None:

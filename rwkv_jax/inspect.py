@@ -10,7 +10,7 @@ from pathlib import Path
 from .command import errors_in_words
 from .convert.formats import is_huggingface, open_checkpoint
 from .convert.hub import locate
-from .convert.official import config_in
+from .convert.official import TIME_STATE, config_in
 from .lm import count_params
 from .models import Config
 
@@ -37,10 +37,11 @@ def describe(path: str | Path) -> str:
     if found.is_dir() and not is_huggingface(found):
         from .checkpoint import load_settings
 
-        format, config, types = "run of rwkv_jax", load_settings(found)[0], "float32"
+        format, config, types, tuned = "run of rwkv_jax", load_settings(found)[0], "float32", False
     else:
         checkpoint = open_checkpoint(found)
         format, config = checkpoint.format, config_in(checkpoint, path)
+        tuned = any(TIME_STATE.fullmatch(key) for key in checkpoint.tensors)
         values = Counter[str]()
         for tensor in checkpoint.tensors.values():
             values[tensor.encoding] += math.prod(tensor.shape)
@@ -53,6 +54,8 @@ def describe(path: str | Path) -> str:
         "parameters": f"{count_params(config):,}",
         "tokenizer": config.tokenizer or f"not known (a vocabulary of {config.vocab_size})",
     }
+    if tuned:
+        lines["also has"] = "a tuned state, which rwkv_jax.load_state reads"
     return "\n".join(f"{name:12} {value}" for name, value in lines.items())
 
 

@@ -6,7 +6,15 @@ from typing import Any
 
 from .convert.formats import is_huggingface, open_checkpoint
 from .convert.hub import locate
-from .convert.official import Shardings, config_in, float_dtype, shardings_of, to_params, weights
+from .convert.official import (
+    Shardings,
+    check_available,
+    config_in,
+    float_dtype,
+    shardings_of,
+    to_params,
+    weights,
+)
 from .convert.tuned_state import to_state
 from .models import Config
 
@@ -32,6 +40,7 @@ def load(
         ImportError: hf:// without the extra `hub`.
     """
     dtype = float_dtype(dtype)
+    check_available(dtype, "every parameter")
     found = locate(path)
     if found.is_dir() and not is_huggingface(found):
         return _load_run(found, dtype, sharding, ln_x_eps)

@@ -17,7 +17,8 @@ def save(path: str | Path, params: Any, config: Config, format: str | None = Non
         path: Of the file or folder.
         params: The model's.
         config: The model's.
-        format: "safetensors" (official names), "pth" (the same, by torch: the extra `torch`), "huggingface" (a folder that
+        format: "safetensors" (official names), "pth" (the same, by torch: the extra `torch`; an ln_x_eps other than 64e-5 is not
+            in it, and must be given to `load`), "huggingface" (a folder that
             transformers reads for RWKV-4, flash-linear-attention for RWKV-7), or None for what the path's suffix says:
             .safetensors or .st, .pth, or none for a folder.
 

@@ -53,6 +53,11 @@ def saved(states, tmp_path):
     return tmp_path / "run"
 
 
+def test_float64_that_jax_does_not_have_is_refused_of_a_run_too(saved):
+    with pytest.raises(ValueError, match="jax_enable_x64"):
+        rwkv_jax.load(saved, dtype="float64")
+
+
 def test_the_newest_comes_back_whole_and_the_best_is_kept(saved, states):
     checkpoints = checkpoint.Checkpoints(saved, keep_last=1, keep_best=1)
     restored = checkpoints.restore(states[0], SETTINGS)

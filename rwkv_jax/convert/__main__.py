@@ -8,7 +8,7 @@ from typing import get_args
 from ..command import errors_in_words
 from .formats import is_huggingface, open_checkpoint
 from .hub import locate
-from .official import config_in, from_params, weights
+from .official import LN_X_EPS, config_in, from_params, weights
 from .stored import FLOATS, Checkpoint
 from .write import Format, format_of, write_checkpoint
 
@@ -43,8 +43,11 @@ def convert(source: str, target: Path, dtype: str | None, format: str | None, ln
         config = config_in(checkpoint, source, ln_x_eps)
         tensors = weights(checkpoint.tensors)
     if dtype is not None:
-        tensors = {key: tensor.cast(FLOATS[dtype]) for key, tensor in tensors.items()}
-    write_checkpoint(target, Checkpoint(chosen, tensors, getattr(config, "ln_x_eps", None)), config, chosen)
+        tensors = {key: tensor.cast(FLOATS[dtype], key) for key, tensor in tensors.items()}
+    eps = getattr(config, "ln_x_eps", LN_X_EPS)
+    write_checkpoint(target, Checkpoint(chosen, tensors, eps), config, chosen)
+    if chosen == "pth" and eps != LN_X_EPS:
+        print(f"{target} cannot hold ln_x_eps={eps}, and is read with {LN_X_EPS}: give it whenever you load the file")
 
 
 if __name__ == "__main__":

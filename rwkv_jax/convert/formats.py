@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from . import huggingface, rwkv_cpp, safetensors_file, torch_pickle
-from .stored import Checkpoint
+from .stored import Checkpoint, unique
 
 # A safetensors file begins with a number that could by chance be another's magic, so its own sign is looked for first but one:
 # rwkv.cpp's magic, as a number, would be a header of a gigabyte.
@@ -13,8 +13,8 @@ _CONTAINERS = (rwkv_cpp, safetensors_file, torch_pickle)
 _PREFIX = "_forward_module."
 """What DeepSpeed's wrapper puts before every name."""
 _CONFIG = "config.json"
-_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_SINGLE = ("model.safetensors", "pytorch_model.bin")
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+"""A folder's weights, or the index of their files: the first that there is."""
 _HEAD = 16
 
 
@@ -25,7 +25,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         FileNotFoundError: There is nothing there, or a part is missing.
         ValueError: It is no format that is known here, or is truncated or damaged.
     """
-    return _open_folder(path) if path.is_dir() else _named(_open_file(path))
+    opened = _open_folder if path.is_dir() else _open_file
+    return opened(path)
 
 
 def is_huggingface(path: Path) -> bool:
@@ -40,42 +41,57 @@ def _open_file(path: Path) -> Checkpoint:
         head = file.read(_HEAD)
     for container in _CONTAINERS:
         if container.begins(head):
-            return container.read(path)
+            return _named(container.read(path), path)
     raise ValueError(
         f"{path}: truncated, or no format that is known here: it begins with {head!r}; what can be read is .safetensors, "
         "torch's .pth, rwkv.cpp's .bin, Hugging Face folders and runs of this library"
     )
 
 
-def _named(checkpoint: Checkpoint) -> Checkpoint:
-    tensors = {key.removeprefix(_PREFIX): tensor for key, tensor in checkpoint.tensors.items()}
-    return checkpoint._replace(tensors=huggingface.official(tensors))
+def _named(checkpoint: Checkpoint, path: Path) -> Checkpoint:
+    """The checkpoint under official names, which a shard of a folder has as well."""
+    try:
+        tensors = unique((key.removeprefix(_PREFIX), tensor) for key, tensor in checkpoint.tensors.items())
+        named = huggingface.official(tensors)
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    if checkpoint.ln_x_eps is None and named.keys() != tensors.keys():
+        checkpoint = checkpoint._replace(ln_x_eps=huggingface.ln_x_eps({}, named))
+    return checkpoint._replace(tensors=named)
 
 
 def _open_folder(folder: Path) -> Checkpoint:
     settings = _json(folder / _CONFIG)
     huggingface.check_config(settings, folder / _CONFIG)
     parts = [_open_file(path) for path in _weight_files(folder)]
-    merged = {key: tensor for part in parts for key, tensor in part.tensors.items()}
-    named = _named(Checkpoint(f"Hugging Face folder, {parts[0].format}", merged))
-    return named._replace(ln_x_eps=huggingface.ln_x_eps(settings, named.tensors))
+    try:
+        merged = unique(pair for part in parts for pair in part.tensors.items())
+        huggingface.check_sizes(settings, merged)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    eps = huggingface.ln_x_eps(settings, merged)
+    return Checkpoint(f"Hugging Face folder, {parts[0].format}", merged, eps)
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    for name in _SINGLE:
-        if (folder / name).is_file():
-            return [folder / name]
-    for name in _INDEXES:
-        if (folder / name).is_file():
-            try:
-                files = sorted({folder / file for file in _json(folder / name)["weight_map"].values()})
-            except (KeyError, AttributeError, TypeError):
-                raise ValueError(f"{folder / name}: has no weight_map of names; fetch it again") from None
-            missing = [file.name for file in files if not file.is_file() or file.parent != folder]
-            if missing:
-                raise FileNotFoundError(f"{folder}: {name} names files that are missing: {', '.join(missing)}")
-            return files
-    raise FileNotFoundError(f"{folder}: has {_CONFIG}, but none of {', '.join(_SINGLE + _INDEXES)}")
+    found = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
+    if found is None:
+        raise FileNotFoundError(f"{folder}: has {_CONFIG}, but none of {', '.join(_WEIGHTS)}")
+    if found.suffix != ".json":
+        return [found]
+    try:
+        names = sorted(set(_json(found)["weight_map"].values()))
+        outside = [name for name in names if Path(name).name != name]
+    except (KeyError, AttributeError, TypeError):
+        names, outside = [], []
+    if not names:
+        raise ValueError(f"{found}: has no weight_map of names; fetch it again")
+    if outside:
+        raise ValueError(f"{found}: names {', '.join(outside)}; a part must be a file in the same folder")
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{folder}: {found.name} names files that are missing: {', '.join(missing)}")
+    return [folder / name for name in names]
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -29,7 +29,6 @@ def locate(path: str | Path) -> Path:
         raise ValueError(f"{text}: give hf://ORG/REPO, hf://ORG/REPO/FILE, or either with @REVISION")
     try:
         import huggingface_hub as hub
-        from huggingface_hub.errors import HfHubHTTPError
     except ImportError:
         raise ImportError(f'{text} needs huggingface_hub: pip install "rwkv-jax[hub]"') from None
     repo, file, revision = match["repo"], match["file"], match["revision"]
@@ -39,14 +38,25 @@ def locate(path: str | Path) -> Path:
         return _folder(hub, text, repo, revision)
     except FileNotFoundError as error:
         raise FileNotFoundError(_missing(text, file, error)) from None
-    except (HfHubHTTPError, OSError) as error:  # No network, a repository or revision that is not there or not public.
+    except Exception as error:  # No network, or nothing there that is public; HTTP libraries have many words for it.
         raise FileNotFoundError(_missing(text, file, error)) from error
+
+
+def pinned(path: str) -> str:
+    """Returns an hf:// path with the commit that is cached here for it as its revision; any other path as it is."""
+    if not path.startswith("hf:/"):
+        return path
+    parts = locate(path).parts
+    commit = parts[len(parts) - parts[::-1].index("snapshots")]
+    match = _URL.fullmatch(path.rstrip("/"))
+    file = f"/{match['file']}" if match and match["file"] else ""
+    return f"hf://{match['repo']}{file}@{commit}" if match else path
 
 
 def _folder(hub: Any, text: str, repo: str, revision: str | None) -> Path:
     try:
         files = hub.HfApi().list_repo_files(repo, revision=revision)
-    except OSError:  # Offline: what the cache has.
+    except Exception:  # Offline, in whichever words, or no such repository: what the cache has, if anything.
         folder = Path(hub.snapshot_download(repo, revision=revision, local_files_only=True))
         files = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()]
         if "config.json" in files:

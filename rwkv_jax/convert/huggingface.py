@@ -10,7 +10,7 @@ from typing import Any
 
 from ..models import Config
 from ..nn.layer_norm import EPS
-from .stored import Checkpoint, Stored, Tensors
+from .stored import Checkpoint, Stored, Tensors, unique
 
 _RWKV4 = {
     "embeddings": "emb",
@@ -44,6 +44,8 @@ _LORA = {"lora.0.weight": "1", "lora.2.weight": "2", "lora.2.bias": "0"}
 """A low-rank map's inner matrix, outer matrix and offset, and the digit of the official name."""
 _LORA_KEY = re.compile(r"(.*\.attn\.)([wavg])_lora\.(lora\.[02]\.\w+)")
 _OFFICIAL_LORA_KEY = re.compile(r"(.*\.)att\.([wavg])([012])")
+_UNUSED = re.compile(r"blocks\.0\.att\.v[012]")
+"""What this layout has no place for, and no model uses."""
 _VECTOR = re.compile(r"\.(x_\w|[wav]0|k_k|k_a)$")
 """Official names of what is [1, 1, D]."""
 _SHIFTS = "rwkvag"
@@ -54,30 +56,39 @@ _MODEL_TYPES = {"rwkv": "rwkv4", "rwkv7": "rwkv7"}
 def official(tensors: Tensors) -> dict[str, Stored]:
     """Returns the tensors under official names if they have Hugging Face's, else as they are."""
     if any(key.startswith("rwkv.blocks.") for key in tensors):
-        return {_translated(key.removeprefix("rwkv."), _RWKV4): tensor for key, tensor in tensors.items()}
+        return unique((_translated(key.removeprefix("rwkv."), _RWKV4), tensor) for key, tensor in tensors.items())
     if any(key.startswith("model.layers.") and key.endswith(".attn.r_k") for key in tensors):
-        renamed: dict[str, Stored] = {}
-        for key, tensor in tensors.items():
-            renamed |= _of_rwkv7(key.removeprefix("model."), tensor)
-        return renamed
+        return unique(
+            pair for key, tensor in tensors.items() for pair in _of_rwkv7(key.removeprefix("model."), tensor).items()
+        )
     return dict(tensors)
 
 
 def check_config(settings: Mapping[str, Any], path: Any) -> None:
     """Raises ValueError for a model that config.json describes and that these models are not."""
     kind = settings.get("model_type")
-    if kind not in _MODEL_TYPES:
+    if not isinstance(kind, str) or kind not in _MODEL_TYPES:
         raise ValueError(f"{path}: model_type is {kind!r}; what can be read is {', '.join(map(repr, _MODEL_TYPES))}")
     eps = settings.get("norm_eps" if kind == "rwkv7" else "layer_norm_epsilon", EPS)
-    if not math.isclose(eps, EPS):
+    if not isinstance(eps, float | int) or not math.isclose(eps, EPS):
         raise ValueError(f"{path}: layer norms with eps {eps}; RWKV's have {EPS}")
     if settings.get("hidden_act", "sqrelu") != "sqrelu":
         raise ValueError(f"{path}: hidden_act is {settings['hidden_act']!r}; RWKV's channel mix has 'sqrelu'")
 
 
+def check_sizes(settings: Mapping[str, Any], tensors: Tensors) -> None:
+    """Raises ValueError where config.json gives another size than the tensors, which have official names."""
+    emb = tensors["emb.weight"].shape if "emb.weight" in tensors else (None, None)
+    layers = len({match[1] for key in tensors if (match := re.match(r"blocks\.(\d+)\.", key))})
+    found = {"vocab_size": emb[0], "hidden_size": emb[-1], "num_hidden_layers": layers}
+    wrong = [f"{key} is {settings[key]}, the tensors' {n}" for key, n in found.items() if settings.get(key, n) != n]
+    if wrong:
+        raise ValueError(f"config.json is another model's: {'; '.join(wrong)}; fetch both again")
+
+
 def ln_x_eps(settings: Mapping[str, Any], tensors: Tensors) -> float | None:
     """Returns group norm's eps, which RWKV-7's layout implies, given tensors under official names."""
-    if settings.get("model_type") != "rwkv7" or "blocks.0.att.r_k" not in tensors:
+    if len(getattr(tensors.get("blocks.0.att.r_k"), "shape", ())) != 2:
         return None
     return tensors["blocks.0.att.r_k"].shape[-1] * settings.get("norm_eps", EPS)
 
@@ -93,7 +104,8 @@ def exported(checkpoint: Checkpoint, config: Config) -> tuple[dict[str, Stored],
         return {_named_rwkv4(key): tensor for key, tensor in tensors.items()}, _config_rwkv4(tensors, config)
     if config.architecture == "rwkv7":
         _check_eps(tensors, checkpoint.ln_x_eps)
-        return dict(_named_rwkv7(key, tensor) for key, tensor in tensors.items()), _config_rwkv7(tensors, config)
+        named = dict(_named_rwkv7(key, tensor) for key, tensor in tensors.items() if not _UNUSED.fullmatch(key))
+        return named, _config_rwkv7(tensors, config)
     raise ValueError(
         f"Hugging Face's folders exist for rwkv4 and rwkv7, not for {config.architecture}; save it as safetensors or pth"
     )

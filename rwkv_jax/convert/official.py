@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import jax
@@ -79,6 +80,14 @@ def float_dtype(dtype: Any) -> np.dtype | None:
     return FLOATS[name]
 
 
+def check_available(dtype: np.dtype | None, what: str) -> None:
+    """Raises ValueError for float64 where JAX has none; `what` would have it."""
+    if dtype == np.float64 and not jax.config.read("jax_enable_x64"):
+        raise ValueError(
+            f"{what} would be float64, which JAX has only with jax_enable_x64; set it, or give dtype='float32'"
+        )
+
+
 def to_params(tensors: Tensors, config: Config, dtype: Any = None, sharding: Shardings | None = None) -> Any:
     """Returns the parameters in a checkpoint that `config_in` accepts.
 
@@ -101,11 +110,9 @@ def to_params(tensors: Tensors, config: Config, dtype: Any = None, sharding: Sha
 
     def one(param: p.Param, where: Sharding | None) -> jax.Array:
         layers = [tensors.get(key) for key in param.keys(config.num_layers)]
-        own = wanted or np.result_type(*(tensor.dtype for tensor in layers if tensor is not None))
-        if own == np.float64 and not jax.config.read("jax_enable_x64"):
-            raise ValueError(
-                f"{param.key} would be float64, which JAX has only with jax_enable_x64; set it, or give dtype='float32'"
-            )
+        types = [tensor.dtype for tensor in layers if tensor is not None] or [tensors["emb.weight"].dtype]
+        own = wanted or np.dtype(reduce(jnp.promote_types, types))
+        check_available(own, param.key)
         array = placed(param, layers, config.num_layers, own, where)
         bar.update(sum(tensor.num_bytes for tensor in layers if tensor is not None))
         return array
@@ -129,14 +136,20 @@ def from_params(params: Any, config: Config) -> dict[str, Stored]:
     declaration = module_of(config).declare(config)
     p.check_shapes(params, declaration, config.num_layers)
     tensors: dict[str, Stored] = {}
-    for param, value in zip(jax.tree.leaves(declaration), jax.tree.leaves(params), strict=True):
+    pairs = list(zip(jax.tree.leaves(declaration), jax.tree.leaves(params), strict=True))
+    # What a layer does not use is written only where there is something in it to give back, and all of it or none.
+    held = {
+        layer
+        for param, value in pairs
+        for layer in param.may_lack
+        if config.num_layers == 1 or _layer(param, value, layer).read().any()
+    }
+    for param, value in pairs:
         if value.dtype not in FLOATS.values():
             raise ValueError(f"{param.key} is {value.dtype}; files hold {', '.join(FLOATS)}")
         for layer, key in enumerate(param.keys(config.num_layers)):
-            tensor = _layer(param, value, layer)
-            # What the model does not use is written only where there is something in it to give back.
-            if layer not in param.may_lack or tensor.read().any():
-                tensors[key] = tensor
+            if layer not in param.may_lack or layer in held:
+                tensors[key] = _layer(param, value, layer)
     return tensors
 
 

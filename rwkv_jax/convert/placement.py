@@ -5,7 +5,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from .. import params as p
-from .stored import Stored
+from .stored import Stored, check_range
 
 _ALIGNMENT = 64
 """Bytes; JAX's CPU backend takes over a numpy array that is aligned to this without copying it."""
@@ -49,9 +49,14 @@ def _fill(pieces: list[tuple[np.ndarray, tuple[slice, ...]]], param: p.Param, la
         tensor = np.zeros(param.shape, np.float32) if stored is None else param.from_official(stored.read())
         for buffer, index in pieces:
             if not param.stacked:
-                buffer[...] = tensor[index]
+                own, part = buffer, tensor[index]
             elif layer in range(*index[0].indices(len(layers))):
-                buffer[layer - (index[0].start or 0)] = tensor[index[1:]]
+                own, part = buffer[layer - (index[0].start or 0)], tensor[index[1:]]
+            else:
+                continue
+            with np.errstate(over="ignore"):
+                own[...] = part
+            check_range(part, own, param.key.format(layer=layer))
 
 
 def _buffer(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -1,7 +1,8 @@
 """Tensors in files: their shapes and types are known, their values stay on disk until they are read."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,9 +46,17 @@ class Stored(NamedTuple):
         shape = (*self.shape[:-2], self.shape[-1], self.shape[-2])
         return self._replace(shape=shape, read=lambda: self.read().swapaxes(-1, -2))
 
-    def cast(self, dtype: np.dtype) -> "Stored":
-        """Returns this in another type."""
-        return self._replace(dtype=dtype, encoding=dtype.name, read=lambda: self.read().astype(dtype))
+    def cast(self, dtype: np.dtype, name: str) -> "Stored":
+        """Returns this, whose name is for errors, in another type."""
+
+        def read() -> np.ndarray:
+            values = self.read()
+            with np.errstate(over="ignore"):
+                cast = values.astype(dtype)
+            check_range(values, cast, name)
+            return cast
+
+        return self._replace(dtype=dtype, encoding=dtype.name, read=read)
 
 
 Tensors = Mapping[str, Stored]
@@ -62,6 +71,30 @@ class Checkpoint(NamedTuple):
     tensors: dict[str, Stored]
     ln_x_eps: float | None = None
     """Group norm's eps, where the format says it."""
+
+
+def check_range(values: np.ndarray, cast: np.ndarray, name: str) -> None:
+    """Raises ValueError if values of the tensor `name` are beyond the range of float16, to which they were cast."""
+    if cast.dtype == np.float16 and np.isinf(cast).any() and not np.isinf(values).any():
+        largest = np.abs(values).max()
+        raise ValueError(f"{name} has a value of {largest:g}, and float16 ends at 65504; take bfloat16 or float32")
+
+
+def unique(named: Iterable[tuple[str, Stored]]) -> dict[str, Stored]:
+    """Returns tensors by name.
+
+    Raises:
+        ValueError: Names stand for more than one; they are listed.
+    """
+    pairs = list(named)
+    tensors = dict(pairs)
+    if len(tensors) < len(pairs):
+        twice = sorted(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        more = f" and {len(twice) - 8} more" if len(twice) > 8 else ""
+        raise ValueError(
+            f"there is more than one tensor for {', '.join(twice[:8])}{more}; remove those that do not belong"
+        )
+    return tensors
 
 
 def mapped(path: Path, offset: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:

@@ -1,7 +1,8 @@
 """Files of torch.save, zip and older, read without torch and without running anything that they name.
 
 A pickle can name any function and have it called. The reader here knows the few names that stand for tensors, each of which it
-replaces by a function of its own that only writes down where the tensor lies; any other name is refused.
+replaces by a stand-in that only writes down where the tensor lies; any other name is refused. A pickle can also set attributes of
+what it has named, so that stand-ins have none that can be set.
 """
 
 import io
@@ -59,6 +60,15 @@ class _Tensor(NamedTuple):
     strides: tuple[int, ...]
 
 
+class _Name(NamedTuple):
+    """Stands for a type of storage, or for a function that makes tensors."""
+
+    name: str
+
+    def __call__(self, *arguments: Any) -> Any:
+        return _REBUILD[self.name](*arguments)
+
+
 def begins(head: bytes) -> bool:
     """Returns whether a file's first bytes are those of a zip archive or of a pickle."""
     return head[:4] == b"PK\x03\x04" or (head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05")
@@ -99,9 +109,15 @@ def _read_zip(file: BinaryIO) -> tuple[Any, Callable[[_Storage], int]]:
                 f"a zip archive with {len(names)} data.pkl in it, not one; it is no checkpoint of torch.save"
             )
         root = names[0].removesuffix("data.pkl")
-        if f"{root}byteorder" in entries and archive.read(f"{root}byteorder") != b"little":
+
+        def small(name: str) -> bytes:
+            if entries[name].compress_type != zipfile.ZIP_STORED:  # It could become any size.
+                raise _Refused("its entries are compressed; save it again with torch.save")
+            return archive.read(name)
+
+        if f"{root}byteorder" in entries and small(f"{root}byteorder") != b"little":
             raise _Refused("its numbers are big-endian; save it again on another machine")
-        content = _unpickle(io.BytesIO(archive.read(names[0])))
+        content = _unpickle(io.BytesIO(small(names[0])))
 
     def offset(storage: _Storage) -> int:
         entry = entries[f"{root}data/{storage.key}"]
@@ -139,7 +155,9 @@ def _unpickle(file: Any, storages: dict[str, _Storage] | None = None) -> Any:
     return _Unpickler(file, {} if storages is None else storages).load()
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(
+    pickle._Unpickler
+):  # The one in Python: the one in C makes room for as many entries as a file claims to have.
     """Gives `_Tensor`s for tensors, notes their storages, and refuses every name that is not needed for that."""
 
     def __init__(self, file: Any, storages: dict[str, _Storage]):
@@ -149,12 +167,8 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _tensor
-        if (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return _parameter
-        if module == "torch" and name in _STORAGES:
-            return _STORAGES[name]
+        if (module == "torch" and name in _STORAGES) or (module == "torch._utils" and name in _REBUILD):
+            return _Name(name)
         raise _Refused(
             f"it asks for {module}.{name}, which no tensor needs and which was not run; it may be hostile, or hold more than "
             "tensors: fetch the weights from where they were published, or save only the state dict"
@@ -162,9 +176,9 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> _Storage:
         kind, dtype, key, _, size, *_ = pid
-        if kind != "storage" or not isinstance(dtype, np.dtype) or type(key) is not str or not _natural(size):
-            raise ValueError(f"a storage of {pid}")
-        return self._storages.setdefault(key, _Storage(key, dtype, size))
+        if kind != "storage" or not isinstance(dtype, _Name) or type(key) is not str or not _natural(size):
+            raise ValueError("a storage without a type, a key or a size")
+        return self._storages.setdefault(key, _Storage(key, _STORAGES[dtype.name], size))
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *unused: Any) -> _Tensor:
@@ -182,6 +196,9 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *unused: Any) -
 def _parameter(tensor: Any, *unused: Any) -> Any:
     del unused  # requires_grad and backward hooks
     return tensor
+
+
+_REBUILD = {"_rebuild_tensor_v2": _tensor, "_rebuild_parameter": _parameter}
 
 
 def _natural(*numbers: Any) -> bool:

@@ -66,10 +66,12 @@ def common_fields(shapes: Shapes, ffn_multiple: int | float, ffn_step: int = 1) 
             raise ValueError(f"{key} is {shapes.get(key, 'missing')}; it must be a matrix")
     vocab_size, embed_dim = shapes["emb.weight"]
     ffn_dim = shapes["blocks.0.ffn.key.weight"][0]
-    layers = [int(match[1]) for key in shapes if (match := re.match(r"blocks\.(\d+)\.", key))]
+    layers = {int(match[1]) for key in shapes if (match := re.match(r"blocks\.(\d+)\.", key))}
+    # A gap is a missing layer, but not a gap that is longer than the rest of the model.
+    highest = max(layer for i, layer in enumerate(sorted(layers)) if layer <= 2 * i)
     return {
         "vocab_size": vocab_size,
-        "num_layers": max(layers) + 1,
+        "num_layers": highest + 1,
         "embed_dim": embed_dim,
         "ffn_dim": None if ffn_dim == rounded_width(embed_dim, ffn_multiple, ffn_step) else ffn_dim,
         "tokenizer": TOKENIZERS.get(vocab_size),

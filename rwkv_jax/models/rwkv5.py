@@ -45,7 +45,7 @@ class RWKV5Config(ModelConfig):
         super().__post_init__()
         if self.head_dim < 1 or self.embed_dim % self.head_dim:
             raise ValueError(f"model.head_dim is {self.head_dim}; it must divide embed_dim, which is {self.embed_dim}")
-        if self.ln_x_eps <= 0:
+        if not self.ln_x_eps > 0:
             raise ValueError(f"model.ln_x_eps is {self.ln_x_eps}; it must be positive")
 
     @property

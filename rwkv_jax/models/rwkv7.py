@@ -1,7 +1,7 @@
 """RWKV-7 ("Goose", x070): the state, a matrix a head, is edited by a delta rule with data-dependent decay.
 
 Differences from upstream: layer 0 has the parameters of the value residual (v0, v1, v2) too, so that all layers are alike, and
-does not use them; official checkpoints are written without them. The log-decay is formed directly, as
+does not use them; official checkpoints are written without them where they are 0. The log-decay is formed directly, as
 -exp(-0.5) sigmoid(z), which is upstream's -exp(-softplus(-z) - 0.5).
 
 Source: BlinkDL/RWKV-LM, RWKV-v7/train_temp/src/model.py and RWKV-v7/rwkv_v7_demo.py; arXiv 2503.14456.
@@ -69,7 +69,7 @@ class RWKV7Config(ModelConfig):
             raise ValueError(
                 f"model.embed_dim is {self.embed_dim}; it must be a multiple of model.head_dim, {self.head_dim}"
             )
-        if self.ln_x_eps <= 0:
+        if not self.ln_x_eps > 0:
             raise ValueError(f"model.ln_x_eps is {self.ln_x_eps}; it must be positive")
 
     @property

@@ -1,15 +1,19 @@
 """The commands: convert, inspect, verify."""
 
+import argparse
+import signal
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from checkpoint_files import assert_same_bits, official, random_params, references, write_rwkv_cpp
 from small_models import SMALL
 
 import rwkv_jax
 from rwkv_jax import inspect, verify
+from rwkv_jax.command import errors_in_words
 from rwkv_jax.convert import __main__ as convert
 from rwkv_jax.models import module_of
 
@@ -160,3 +164,28 @@ def test_a_command_runs_as_a_module(command):
     )
     assert result.returncode == 0, result.stderr
     assert f"rwkv_jax.{command}" in result.stdout
+
+
+def test_sigterm_ends_a_command_as_an_exception_that_removes_what_is_half_written():
+    parser = argparse.ArgumentParser(prog="command")
+    removed = []
+
+    def work():
+        with errors_in_words(parser):
+            try:
+                signal.raise_signal(signal.SIGTERM)
+            finally:
+                removed.append(True)
+
+    with pytest.raises(SystemExit) as error:
+        work()
+    assert removed and error.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_inspect_says_that_a_file_has_a_tuned_state_too(tmp_path):
+    config = SMALL["rwkv7"]
+    tensors = official(random_params(config), config)
+    states = {f"blocks.{i}.att.time_state": np.zeros((3, 4, 4), np.float32) for i in range(config.num_layers)}
+    safetensors.numpy.save_file(tensors | states, tmp_path / "m")
+    assert "a tuned state" in inspect.describe(tmp_path / "m")

@@ -202,6 +202,73 @@ def test_any_other_name_in_a_pickle_is_refused(name, older, tmp_path):
         rwkv_jax.load(tmp_path / "m")
 
 
+@pytest.mark.parametrize("name", ["torch BFloat16Storage", "torch._utils _rebuild_tensor_v2"])
+@pytest.mark.parametrize(
+    "state",
+    [
+        b"(K\x03" + text(">") + b"NNNK\x02K\x02K\x00t",  # of a dtype: big-endian
+        b"(N}(" + text("__defaults__") + b"K\x01\x85ut",  # an attribute
+        b"}(" + text("name") + text("FloatStorage") + b"u",
+    ],
+    ids=["dtype", "attribute", "dictionary"],
+)
+def test_a_pickle_cannot_alter_what_it_names(name, state, tmp_path):
+    module, attribute = name.split()
+    altered = f"c{module}\n{attribute}\n".encode() + state + b"b"
+    torch_zip(tmp_path / "m", state_dict([("emb.weight", altered)]), {})
+    with pytest.raises(ValueError, match="truncated, or not a checkpoint of torch"):
+        rwkv_jax.load(tmp_path / "m")
+    values = np.arange(6).astype(ml_dtypes.bfloat16)
+    write_torch(tmp_path / "sound", {"x": values})
+    np.testing.assert_array_equal(open_checkpoint(tmp_path / "sound").tensors["x"].read().astype(np.float32), range(6))
+
+
+def test_a_claim_of_many_entries_takes_no_memory(tmp_path):
+    import tracemalloc
+
+    torch_zip(tmp_path / "m", b"\x80\x02}r" + struct.pack("<I", 200_000_000) + b".", {})
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="not a checkpoint of RWKV"):
+        rwkv_jax.load(tmp_path / "m")
+    assert tracemalloc.get_traced_memory()[1] < 1e7
+    tracemalloc.stop()
+
+
+def test_tensors_under_one_name_are_refused(tmp_path):
+    tensors = official(random_params(CONFIG), CONFIG)
+    both = tensors | {"_forward_module.emb.weight": tensors["emb.weight"]}
+    safetensors.numpy.save_file(both, tmp_path / "m")
+    with pytest.raises(ValueError, match=r"m: there is more than one tensor for emb\.weight"):
+        rwkv_jax.load(tmp_path / "m")
+
+
+def test_layers_of_two_half_precisions_become_float32(tmp_path):
+    tensors = {key: value.astype(np.float16) for key, value in official(random_params(CONFIG), CONFIG).items()}
+    key = "blocks.1.ffn.key.weight"
+    write_torch(tmp_path / "m", tensors | {key: tensors[key].astype(ml_dtypes.bfloat16)})
+    params, _ = rwkv_jax.load(tmp_path / "m")
+    assert params.blocks.ffn.key.dtype == np.float32 and params.emb.dtype == np.float16
+
+
+def test_a_value_beyond_float16_is_named_and_not_made_infinite(tmp_path):
+    tensors = official(random_params(CONFIG), CONFIG)
+    tensors["blocks.1.ffn.key.weight"][0, 0] = 1e6
+    write_torch(tmp_path / "m", {key: value.astype(ml_dtypes.bfloat16) for key, value in tensors.items()})
+    with pytest.raises(
+        ValueError, match=r"blocks\.1\.ffn\.key\.weight has a value of 999424, and float16 ends at 65504"
+    ):
+        rwkv_jax.load(tmp_path / "m", dtype="float16")
+    rwkv_jax.load(tmp_path / "m", dtype="float32")
+
+
+def test_a_stray_layer_is_one_extra_tensor(tmp_path):
+    tensors = official(random_params(CONFIG), CONFIG)
+    write_torch(tmp_path / "m", tensors | {"blocks.300000.foo": np.zeros(1, np.float32)})
+    with pytest.raises(ValueError, match=r"extra: blocks\.300000\.foo") as error:
+        rwkv_jax.load(tmp_path / "m")
+    assert "missing" not in str(error.value)
+
+
 def test_a_pickle_of_something_else_is_refused(tmp_path):
     (tmp_path / "m").write_bytes(pickle.dumps({"emb.weight": [1.0]}, protocol=2))
     with pytest.raises(ValueError, match=r"m: (a pickle, but not|truncated, or not)"):

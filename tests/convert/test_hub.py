@@ -7,7 +7,7 @@ import pytest
 from checkpoint_files import assert_same_bits, random_params
 
 import rwkv_jax
-from rwkv_jax.convert.hub import locate
+from rwkv_jax.convert.hub import locate, pinned
 
 hub = pytest.importorskip("huggingface_hub", reason="hf:// needs the package huggingface_hub")
 constants = pytest.importorskip("huggingface_hub.constants", reason="hf:// needs the package huggingface_hub")
@@ -94,6 +94,29 @@ def test_online_only_the_files_of_a_model_are_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "snapshot_download", snapshot)
     assert rwkv_jax.load("hf://org/repo")[1] == CONFIG
     assert "config.json" in patterns and not any("bin" in pattern for pattern in patterns)
+
+
+def test_without_a_network_in_any_library_s_words_the_cache_is_used(cache, monkeypatch):
+    class ConnectError(Exception):
+        """What an HTTP library raises, which is no OSError."""
+
+    def unreachable(self, repo, revision):
+        raise ConnectError("name resolution")
+
+    monkeypatch.setattr(hub.HfApi, "list_repo_files", unreachable)
+    with pytest.raises(FileNotFoundError, match="hf://org/repo: could not get it"):
+        rwkv_jax.load("hf://org/repo")
+    params, snapshot = random_params(CONFIG), cached(cache, "org/repo")
+    snapshot.rmdir()
+    rwkv_jax.save(snapshot, params, CONFIG, "huggingface")
+    assert_same_bits(rwkv_jax.load("hf://org/repo")[0], params)
+
+
+def test_a_path_is_pinned_to_the_commit_in_the_cache(cache):
+    snapshot = cached(cache, "org/repo")
+    rwkv_jax.save(snapshot / "m.safetensors", random_params(CONFIG), CONFIG)
+    assert pinned("hf://org/repo/m.safetensors") == f"hf://org/repo/m.safetensors@{snapshot.name}"
+    assert pinned("runs/quickstart") == "runs/quickstart"
 
 
 def test_a_repository_of_many_files_asks_for_one(monkeypatch):

@@ -1,11 +1,15 @@
 """What is saved is loaded bit for bit, whole or not at all."""
 
+import dataclasses
 import json
+import shutil
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from checkpoint_files import assert_same_bits, official, random_params, references, with_eps
 from small_models import SMALL
 
@@ -213,3 +217,74 @@ def test_a_folder_is_replaced_only_if_it_is_a_saved_model(tmp_path):
 def test_a_folder_to_save_in_must_be_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder"):
         rwkv_jax.save(tmp_path / "absent/m.safetensors", random_params(CONFIG), CONFIG)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("format", ["safetensors", "pth"])
+def test_a_fresh_rwkv7_comes_back_whole_and_with_its_ranks(layers, format, tmp_path):
+    if format == "pth":
+        needs_torch()
+    config = dataclasses.replace(SMALL["rwkv7"], num_layers=layers)
+    params = rwkv_jax.init(jax.random.key(0), config)
+    rwkv_jax.save(tmp_path / "m", params, config, format)
+    loaded, found = rwkv_jax.load(tmp_path / "m")
+    assert_same_bits(loaded, params)
+    assert found.ranks == config.ranks
+
+
+def test_layer_0_of_an_exported_rwkv7_has_no_value_residual(tmp_path):
+    config = SMALL["rwkv7"]
+    config = dataclasses.replace(config, ln_x_eps=config.head_dim * 1e-5)
+    params = rwkv_jax.init(jax.random.key(0), config)
+    rwkv_jax.save(tmp_path / "m", params, config, "huggingface")
+    names = safetensors.numpy.load_file(tmp_path / "m/model.safetensors").keys()
+    assert "model.layers.1.attn.v_lora.lora.2.bias" in names
+    assert not any(name.startswith("model.layers.0.attn.v_lora") for name in names)
+    tokens = jnp.arange(9)[None]
+    np.testing.assert_array_equal(
+        rwkv_jax.forward(*rwkv_jax.load(tmp_path / "m"), tokens)[0], rwkv_jax.forward(params, config, tokens)[0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 1}, "num_hidden_layers is 1, the tensors' 3"),
+        ({"hidden_size": 99}, "hidden_size is 99, the tensors' 12"),
+        ({"norm_eps": None}, "layer norms with eps None"),
+        ({"model_type": []}, r"model_type is \[\]"),
+    ],
+)
+def test_a_config_json_of_another_model_is_refused(change, message, tmp_path):
+    config = dataclasses.replace(SMALL["rwkv7"], ln_x_eps=4e-5)
+    rwkv_jax.save(tmp_path / "m", rwkv_jax.init(jax.random.key(0), config), config, "huggingface")
+    path = tmp_path / "m/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        rwkv_jax.load(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        ({}, ValueError, "no weight_map of names"),
+        ({"weight_map": {}}, ValueError, "no weight_map of names"),
+        ({"weight_map": {"emb.weight": "../m.safetensors"}}, ValueError, r"names \.\./m\.safetensors; a part must be"),
+        ({"weight_map": {"emb.weight": "gone.safetensors"}}, FileNotFoundError, r"missing: gone\.safetensors"),
+        (
+            {"weight_map": {"a": "a.safetensors", "b": "b.safetensors"}},
+            ValueError,
+            r"more than one tensor for blocks\.0\.att\.key\.weight, .* and 34 more",
+        ),
+    ],
+)
+def test_an_index_that_does_not_fit_its_parts_is_refused(content, error, message, tmp_path):
+    config = rwkv_jax.RWKV4Config(vocab_size=17, num_layers=2, embed_dim=6)
+    folder = tmp_path / "m"
+    rwkv_jax.save(folder, rwkv_jax.init(jax.random.key(0), config), config, "huggingface")
+    for name in ("a", "b"):
+        shutil.copy(folder / "model.safetensors", folder / f"{name}.safetensors")
+    (folder / "model.safetensors").rename(tmp_path / "m.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+    with pytest.raises(error, match=message):
+        rwkv_jax.load(folder)
