@@ -25,8 +25,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         FileNotFoundError: There is nothing there, or a part is missing.
         ValueError: It is no format that is known here, or is truncated or damaged.
     """
-    opened = _open_folder if path.is_dir() else _open_file
-    return opened(path)
+    return _open_folder(path) if path.is_dir() else _named(_open_file(path), path)
 
 
 def is_huggingface(path: Path) -> bool:
@@ -41,7 +40,7 @@ def _open_file(path: Path) -> Checkpoint:
         head = file.read(_HEAD)
     for container in _CONTAINERS:
         if container.begins(head):
-            return _named(container.read(path), path)
+            return container.read(path)
     raise ValueError(
         f"{path}: truncated, or no format that is known here: it begins with {head!r}; what can be read is .safetensors, "
         "torch's .pth, rwkv.cpp's .bin, Hugging Face folders and runs of this library"
@@ -49,7 +48,7 @@ def _open_file(path: Path) -> Checkpoint:
 
 
 def _named(checkpoint: Checkpoint, path: Path) -> Checkpoint:
-    """The checkpoint under official names, which a shard of a folder has as well."""
+    """The checkpoint, all of it, under official names."""
     try:
         tensors = unique((key.removeprefix(_PREFIX), tensor) for key, tensor in checkpoint.tensors.items())
         named = huggingface.official(tensors)
@@ -66,11 +65,11 @@ def _open_folder(folder: Path) -> Checkpoint:
     parts = [_open_file(path) for path in _weight_files(folder)]
     try:
         merged = unique(pair for part in parts for pair in part.tensors.items())
-        huggingface.check_sizes(settings, merged)
+        named = _named(Checkpoint(f"Hugging Face folder, {parts[0].format}", merged), folder)
+        huggingface.check_sizes(settings, named.tensors)
     except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
-    eps = huggingface.ln_x_eps(settings, merged)
-    return Checkpoint(f"Hugging Face folder, {parts[0].format}", merged, eps)
+        raise ValueError(f"{folder}: {str(error).removeprefix(f'{folder}: ')}") from None
+    return named._replace(ln_x_eps=huggingface.ln_x_eps(settings, named.tensors))
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -44,8 +44,6 @@ _LORA = {"lora.0.weight": "1", "lora.2.weight": "2", "lora.2.bias": "0"}
 """A low-rank map's inner matrix, outer matrix and offset, and the digit of the official name."""
 _LORA_KEY = re.compile(r"(.*\.attn\.)([wavg])_lora\.(lora\.[02]\.\w+)")
 _OFFICIAL_LORA_KEY = re.compile(r"(.*\.)att\.([wavg])([012])")
-_UNUSED = re.compile(r"blocks\.0\.att\.v[012]")
-"""What this layout has no place for, and no model uses."""
 _VECTOR = re.compile(r"\.(x_\w|[wav]0|k_k|k_a)$")
 """Official names of what is [1, 1, D]."""
 _SHIFTS = "rwkvag"
@@ -104,8 +102,7 @@ def exported(checkpoint: Checkpoint, config: Config) -> tuple[dict[str, Stored],
         return {_named_rwkv4(key): tensor for key, tensor in tensors.items()}, _config_rwkv4(tensors, config)
     if config.architecture == "rwkv7":
         _check_eps(tensors, checkpoint.ln_x_eps)
-        named = dict(_named_rwkv7(key, tensor) for key, tensor in tensors.items() if not _UNUSED.fullmatch(key))
-        return named, _config_rwkv7(tensors, config)
+        return dict(_named_rwkv7(key, tensor) for key, tensor in tensors.items()), _config_rwkv7(tensors, config)
     raise ValueError(
         f"Hugging Face's folders exist for rwkv4 and rwkv7, not for {config.architecture}; save it as safetensors or pth"
     )
