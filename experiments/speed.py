@@ -201,9 +201,9 @@ def _time(call: Any, carry: Any, wait: Any) -> float:
 
 def measure_gpt2(shape: Shape, parts: int = 1) -> dict[str, float]:
     """Returns the figures of a GPT-2 in torch: pre-norm, learned positions, 4 heads, fused attention, Adam, a batch in parts."""
-    import torch
-    from torch import nn
-    from torch.nn import functional as F
+    import torch  # pyright: ignore[reportMissingImports]
+    from torch import nn  # pyright: ignore[reportMissingImports]
+    from torch.nn import functional as F  # pyright: ignore[reportMissingImports]
 
     class Block(nn.Module):
         def __init__(self, width: int):

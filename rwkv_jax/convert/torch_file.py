@@ -15,7 +15,7 @@ def write(file: BinaryIO, tensors: Tensors) -> None:
         ImportError: torch is not installed.
     """
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ImportError(
             'writing .pth needs torch: pip install "rwkv-jax[torch]", or write .safetensors, which holds the same'
