@@ -136,13 +136,16 @@ class Checkpoints:
     def _naming_the_last(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # Orbax and TensorStore raise many kinds for what the disk refuses.
-            reason = str(error).partition("\n")[0][:300]
+        except (
+            Exception
+        ) as error:  # Orbax and TensorStore raise many kinds for what the disk refuses; the chain has them all.
+            reason = _first_line(error)
             last = max((int(path.name) for path in self.folder.glob("*") if path.name.isdigit()), default=None)
             raise OSError(
                 f"{self.folder}: a checkpoint could not be written ({reason}); the last whole one is "
-                f"{'none' if last is None else f'that of step {last}'}. Make room, and the same command goes on from there"
-            ) from None
+                f"{'none' if last is None else f'that of step {last}'}. If the disk is full, make room; the same command goes on from "
+                "there"
+            ) from error
 
 
 def is_checkpoint(path: str | Path) -> bool:
@@ -248,10 +251,17 @@ def _split(train_state: TrainState) -> tuple[Any, dict[str, Any]]:
 def _restore(folder: Path, restore: Callable[[], Any]) -> Any:
     try:
         return restore()
-    except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files; all are named in the chain.
+    except (PermissionError, MemoryError):
+        raise  # The checkpoint may be sound.
+    except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files; the chain has them all.
+        reason = _first_line(error)
         raise ValueError(
-            f"{folder}: this checkpoint is damaged or not one of ours; remove it to use an earlier one"
+            f"{folder}: this checkpoint is damaged or not one of ours ({reason}); if so, remove it to use an earlier one"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0][:300] or type(error).__name__
 
 
 def _find(path: Path) -> tuple[Path, int] | None:

@@ -113,6 +113,18 @@ def test_a_damaged_checkpoint_is_refused_and_named(saved, states):
     equal(rwkv_jax.load(saved)[0], states[1].params)
 
 
+@pytest.mark.parametrize("error", [PermissionError("not yours"), MemoryError()])
+def test_what_may_be_sound_is_not_called_damaged(error, saved, states, monkeypatch):
+    def refuse(*arguments, **options):
+        raise error
+
+    checkpoints = checkpoint.Checkpoints(saved, keep_last=1, keep_best=1)
+    monkeypatch.setattr(checkpoints._manager, "restore", refuse)
+    with pytest.raises(type(error)):
+        checkpoints.restore(states[0], SETTINGS)
+    checkpoints.close()
+
+
 def test_a_checkpoint_of_another_model_is_refused(saved):
     other = dataclasses.replace(MODEL, embed_dim=16)
     optimizer = optim.make_optimizer(SETTINGS.optim, module_of(other).declare(other), 10)
