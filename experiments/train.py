@@ -48,23 +48,20 @@ def starting_point(settings: config.Settings, given: Collection[str]) -> tuple[c
 
     A run that goes on reads them from its folder, and not from finetune.init_from again.
     """
-    origin, folder = settings.finetune.init_from, Path(settings.run.folder)
+    tuning, folder = settings.finetune, Path(settings.run.folder)
+    origin, commit = tuning.init_from, tuning.init_commit
     if origin is None:
         return settings, None
     if checkpoint.is_checkpoint(folder):
         base, saved = checkpoint.load_base(folder), config.load(folder / run_folder.CONFIG)
-        model, pinned = saved.model, saved.finetune.init_from
-        if pinned is not None and pinned.startswith(f"{origin}@"):  # The run keeps to the revision that it began with.
-            origin = pinned
+        model, commit = saved.model, commit or saved.finetune.init_commit
     else:
-        origin = hub.pinned(origin)
+        commit = commit or hub.commit_of(origin)
         eps = getattr(settings.model, "ln_x_eps", None) if "model.ln_x_eps" in given else None
-        base, model = rwkv_jax.load(origin, dtype="float32", ln_x_eps=eps)
+        base, model = rwkv_jax.load(hub.at_commit(origin, commit), dtype="float32", ln_x_eps=eps)
     finetune.check_tokenizer(settings.data.tokenizer, model, origin)
     model = finetune.resolve_model(settings.model, given, model, origin)
-    return dataclasses.replace(
-        settings, model=model, finetune=dataclasses.replace(settings.finetune, init_from=origin)
-    ), base
+    return dataclasses.replace(settings, model=model, finetune=dataclasses.replace(tuning, init_commit=commit)), base
 
 
 def run(settings: config.Settings, base: Any) -> None:

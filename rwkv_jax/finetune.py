@@ -30,6 +30,8 @@ class FinetuneConfig:
     init_from: str | None = None
     """The model to start from, in any format that rwkv_jax.load reads; none: from scratch. Fields of the model section that are
     not given are taken from it, and it is copied to the run's folder, so that it is read only once."""
+    init_commit: str | None = None
+    """Commit of an hf:// init_from; none: what its revision stands for when the run starts, which is then recorded here."""
     method: Literal["all", "lora", "state"] = "all"
     """all parameters; lora: low-rank adapters of matrices; state: only the WKV state that every row starts from."""
     lora_rank: int = 16

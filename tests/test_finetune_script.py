@@ -1,22 +1,23 @@
 """Fine-tuning as a user runs it: each method from a tiny run, to the end, interrupted, loaded, and with bad input."""
 
 import json
+import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from scripts import COMPILING, ROOT, losses
 
 import rwkv_jax
 from rwkv_jax import checkpoint, config
 
-ROOT = Path(__file__).parents[1]
 STEPS = 12
 METHODS = {
     "all": ["--optim.weight_decay", "0.01"],
@@ -81,17 +82,13 @@ def command(config_file, *overrides):
     return [sys.executable, str(ROOT / "experiments/train.py"), "--cfg", config_file, *overrides]
 
 
-def train(home, config_file, *overrides):
-    return subprocess.run(command(config_file, *overrides), capture_output=True, text=True, timeout=300, cwd=home)
+def train(home, config_file, *overrides, env=None):
+    run = command(config_file, *overrides)
+    return subprocess.run(run, capture_output=True, text=True, timeout=300, cwd=home, env=env)
 
 
 def tuning(method, folder):
     return ("tune.toml", "--data.path", "new", "--run.folder", folder, *METHODS[method])
-
-
-def losses(folder):
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(row["step"], row["loss"], row["grad_norm"]) for row in rows]
 
 
 @pytest.fixture(scope="module", params=METHODS)
@@ -141,7 +138,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit_without_reading_the_model_again(
     folder = home / f"{method}_{way.name}"
     arguments = tuning(method, folder.name)
     process = subprocess.Popen(
-        command(*arguments), cwd=home, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command(*arguments), cwd=home, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=COMPILING
     )
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and process.poll() is None:
@@ -153,11 +150,36 @@ def test_an_interrupted_run_goes_on_bit_for_bit_without_reading_the_model_again(
     process.communicate(timeout=120)
     (home / "base").rename(home / "away")
     try:
-        result = train(home, *arguments)
+        result = train(home, *arguments, env=COMPILING)
     finally:
         (home / "away").rename(home / "base")
     assert result.returncode == 0, result.stderr
     assert losses(folder) == losses(whole)
+
+
+def test_a_run_keeps_to_the_commit_of_the_hub_that_it_began_with(home, tmp_path):
+    repository, commit = tmp_path / "hub/models--org--repo", "0123456789abcdef0123456789abcdef01234567"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text(commit)
+    (repository / "snapshots").mkdir()
+    rwkv_jax.save(repository / "snapshots" / commit, *rwkv_jax.load(home / "base"), "huggingface")
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
+    run = (
+        "tune.toml",
+        "--data.path",
+        "new",
+        "--run.folder",
+        str(tmp_path / "run"),
+        "--init_from",
+        "hf://org/repo@main",
+    )
+    first = train(home, *run, env=env)
+    assert first.returncode == 0, first.stderr
+    recorded = config.load(tmp_path / "run/config.toml").finetune
+    assert (recorded.init_from, recorded.init_commit) == ("hf://org/repo@main", commit)
+    shutil.rmtree(repository)
+    again = train(home, *run, env=env)
+    assert again.returncode == 0 and "This run is finished" in again.stdout, again.stderr
 
 
 @pytest.mark.parametrize(

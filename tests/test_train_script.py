@@ -1,21 +1,17 @@
 """The training script as a user runs it: to the end, again, killed, stopped, and with bad input."""
 
 import json
-import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from scripts import COMPILING, ROOT, losses, rows
 
-ROOT = Path(__file__).parents[1]
 STEPS = 40
-COMPILING = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
-"""An environment in which a resumed run compiles its step itself, as a user's does, and must get the same bits."""
 
 
 @pytest.fixture(scope="session")
@@ -63,14 +59,6 @@ def train(corpus, folder, *overrides, env=None):
     return subprocess.run(
         command(corpus, folder, *overrides), capture_output=True, text=True, timeout=300, cwd=folder.parent, env=env
     )
-
-
-def rows(folder, name="metrics.jsonl"):
-    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
-
-
-def losses(folder):
-    return [(row["step"], row["loss"], row["grad_norm"]) for row in rows(folder)]
 
 
 @pytest.fixture(scope="session")
@@ -163,8 +151,9 @@ def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(finished, corpus, tmp_pat
     whole, _ = finished
     folder = tmp_path / "run"
     process = subprocess.Popen(
-        command(corpus, folder), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        command(corpus, folder), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=COMPILING,
+    )  # fmt: skip
     while not (folder / "metrics.jsonl").exists() or (folder / "metrics.jsonl").read_text().count("\n") < 7:
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.002)
@@ -172,7 +161,7 @@ def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(finished, corpus, tmp_pat
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert "stopped by a signal" in out
-    assert train(corpus, folder).returncode == 0
+    assert train(corpus, folder, env=COMPILING).returncode == 0
     assert losses(folder) == losses(whole)
 
 

@@ -1,11 +1,15 @@
 """Models on the Hugging Face hub: hf://ORG/REPO[/FILE][@REVISION]."""
 
+import logging
 import re
 from pathlib import Path
 from typing import Any
 
 _URL = re.compile(r"hf:/{1,2}(?P<repo>[^/@]+/[^/@]+)(/(?P<file>[^@]+))?(@(?P<revision>.+))?")
 """pathlib makes one slash of two."""
+_SNAPSHOT = re.compile(r"/snapshots/([0-9a-f]{40})(/|$)")
+"""Where huggingface_hub keeps the files of a commit."""
+_LOG = logging.getLogger(__name__)
 _WANTED = ["config.json", "*.safetensors", "*.safetensors.index.json"]
 _TORCH_WANTED = ["config.json", "pytorch_model*.bin", "pytorch_model.bin.index.json"]
 _MODEL_FILE = re.compile(r".*\.(safetensors|st|pth|bin)")
@@ -22,42 +26,63 @@ def locate(path: str | Path) -> Path:
         ImportError: huggingface_hub is not installed.
     """
     text = str(path)
-    if not text.startswith("hf:/"):
+    if not _is_hub(text):
         return Path(path)
-    match = _URL.fullmatch(text.rstrip("/"))
-    if match is None:
-        raise ValueError(f"{text}: give hf://ORG/REPO, hf://ORG/REPO/FILE, or either with @REVISION")
+    repo, file, revision = _parts(text)
     try:
         import huggingface_hub as hub
     except ImportError:
         raise ImportError(f'{text} needs huggingface_hub: pip install "rwkv-jax[hub]"') from None
-    repo, file, revision = match["repo"], match["file"], match["revision"]
     try:
         if file is not None:
             return Path(hub.hf_hub_download(repo, file, revision=revision))
         return _folder(hub, text, repo, revision)
     except FileNotFoundError as error:
         raise FileNotFoundError(_missing(text, file, error)) from None
-    except Exception as error:  # No network, or nothing there that is public; HTTP libraries have many words for it.
+    # No network, nothing there that is public, no room: huggingface_hub's versions stand on HTTP libraries with errors of their own.
+    except Exception as error:
         raise FileNotFoundError(_missing(text, file, error)) from error
 
 
-def pinned(path: str) -> str:
-    """Returns an hf:// path with the commit that is cached here for it as its revision; any other path as it is."""
-    if not path.startswith("hf:/"):
+def commit_of(path: str) -> str | None:
+    """Returns the commit that an hf:// path stands for now, having fetched it; None for any other path."""
+    found = _SNAPSHOT.search(locate(path).as_posix()) if _is_hub(path) else None
+    return found and found[1]
+
+
+def at_commit(path: str, commit: str | None) -> str:
+    """Returns an hf:// path with a commit for its revision; the path as it is where there is none."""
+    if commit is None:
         return path
-    parts = locate(path).parts
-    commit = parts[len(parts) - parts[::-1].index("snapshots")]
+    repo, file, _ = _parts(path)
+    return f"hf://{repo}/{file}@{commit}" if file else f"hf://{repo}@{commit}"
+
+
+def _is_hub(path: str) -> bool:
+    return path.startswith("hf:/")
+
+
+def _parts(path: str) -> tuple[str, str | None, str | None]:
+    """Repository, file and revision of an hf:// path."""
     match = _URL.fullmatch(path.rstrip("/"))
-    file = f"/{match['file']}" if match and match["file"] else ""
-    return f"hf://{match['repo']}{file}@{commit}" if match else path
+    if match is None:
+        raise ValueError(f"{path}: give hf://ORG/REPO, hf://ORG/REPO/FILE, or either with @REVISION")
+    return match["repo"], match["file"], match["revision"]
 
 
 def _folder(hub: Any, text: str, repo: str, revision: str | None) -> Path:
     try:
         files = hub.HfApi().list_repo_files(repo, revision=revision)
-    except Exception:  # Offline, in whichever words, or no such repository: what the cache has, if anything.
-        folder = Path(hub.snapshot_download(repo, revision=revision, local_files_only=True))
+    except Exception as error:  # No answer, in the words of whichever HTTP library: what the cache has.
+        if getattr(getattr(error, "response", None), "status_code", 500) < 500:
+            raise  # An answer: not there, or not public.
+        try:
+            folder = Path(hub.snapshot_download(repo, revision=revision, local_files_only=True))
+        except FileNotFoundError:
+            raise error from None
+        _LOG.warning(
+            "%s: the hub gave no answer (%s); taking what is cached, %s", text, type(error).__name__, folder.name
+        )
         files = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()]
         if "config.json" in files:
             return folder

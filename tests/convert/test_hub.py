@@ -2,12 +2,13 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from checkpoint_files import assert_same_bits, random_params
 
 import rwkv_jax
-from rwkv_jax.convert.hub import locate, pinned
+from rwkv_jax.convert.hub import at_commit, commit_of, locate
 
 hub = pytest.importorskip("huggingface_hub", reason="hf:// needs the package huggingface_hub")
 constants = pytest.importorskip("huggingface_hub.constants", reason="hf:// needs the package huggingface_hub")
@@ -96,27 +97,46 @@ def test_online_only_the_files_of_a_model_are_asked_for(tmp_path, monkeypatch):
     assert "config.json" in patterns and not any("bin" in pattern for pattern in patterns)
 
 
-def test_without_a_network_in_any_library_s_words_the_cache_is_used(cache, monkeypatch):
+def test_without_an_answer_in_any_library_s_words_the_cache_is_used_and_that_is_said(cache, monkeypatch, caplog):
     class ConnectError(Exception):
         """What an HTTP library raises, which is no OSError."""
 
     def unreachable(self, repo, revision):
-        raise ConnectError("name resolution")
+        raise ConnectError("no such name")
 
     monkeypatch.setattr(hub.HfApi, "list_repo_files", unreachable)
-    with pytest.raises(FileNotFoundError, match="hf://org/repo: could not get it"):
+    with pytest.raises(FileNotFoundError, match="hf://org/repo: could not get it .no such name"):
         rwkv_jax.load("hf://org/repo")
     params, snapshot = random_params(CONFIG), cached(cache, "org/repo")
     snapshot.rmdir()
     rwkv_jax.save(snapshot, params, CONFIG, "huggingface")
     assert_same_bits(rwkv_jax.load("hf://org/repo")[0], params)
+    assert f"the hub gave no answer (ConnectError); taking what is cached, {snapshot.name}" in caplog.text
 
 
-def test_a_path_is_pinned_to_the_commit_in_the_cache(cache):
+def test_what_the_hub_answers_is_not_hidden_by_the_cache(cache, monkeypatch):
+    class NotFoundError(OSError):
+        response = SimpleNamespace(status_code=404)
+
+    def gone(self, repo, revision):
+        raise NotFoundError("404: it was taken down")
+
+    monkeypatch.setattr(hub.HfApi, "list_repo_files", gone)
+    snapshot = cached(cache, "org/repo")
+    snapshot.rmdir()
+    rwkv_jax.save(snapshot, random_params(CONFIG), CONFIG, "huggingface")
+    with pytest.raises(FileNotFoundError, match="hf://org/repo: could not get it .404: it was taken down"):
+        rwkv_jax.load("hf://org/repo")
+
+
+def test_a_path_stands_for_the_commit_in_the_cache(cache):
     snapshot = cached(cache, "org/repo")
     rwkv_jax.save(snapshot / "m.safetensors", random_params(CONFIG), CONFIG)
-    assert pinned("hf://org/repo/m.safetensors") == f"hf://org/repo/m.safetensors@{snapshot.name}"
-    assert pinned("runs/quickstart") == "runs/quickstart"
+    commit = commit_of("hf://org/repo/m.safetensors@main")
+    assert commit == snapshot.name
+    assert at_commit("hf://org/repo/m.safetensors@main", commit) == f"hf://org/repo/m.safetensors@{commit}"
+    assert at_commit("hf://org/repo", commit) == f"hf://org/repo@{commit}"
+    assert commit_of("runs/quickstart") is None and at_commit("runs/quickstart", None) == "runs/quickstart"
 
 
 def test_a_repository_of_many_files_asks_for_one(monkeypatch):
