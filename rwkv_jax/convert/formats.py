@@ -1,6 +1,8 @@
 """Which format a file or folder has, by what is in it, never by its name."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
         FileNotFoundError: There is nothing there, or a part is missing.
         ValueError: It is no format that is known here, or is truncated or damaged.
     """
-    return _open_folder(path) if path.is_dir() else _named(_open_file(path), path)
+    if path.is_dir():
+        return _open_folder(path)
+    checkpoint = _open_file(path)
+    with _naming(path):
+        return _named(checkpoint)
 
 
 def is_huggingface(path: Path) -> bool:
@@ -47,15 +53,12 @@ def _open_file(path: Path) -> Checkpoint:
     )
 
 
-def _named(checkpoint: Checkpoint, path: Path) -> Checkpoint:
+def _named(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint, all of it, under official names."""
-    try:
-        tensors = unique((key.removeprefix(_PREFIX), tensor) for key, tensor in checkpoint.tensors.items())
-        named = huggingface.official(tensors)
-    except (ValueError, IndexError) as error:
-        raise ValueError(f"{path}: {error}") from None
+    tensors = unique((key.removeprefix(_PREFIX), tensor) for key, tensor in checkpoint.tensors.items())
+    named = huggingface.official(tensors)
     if checkpoint.ln_x_eps is None and named.keys() != tensors.keys():
-        checkpoint = checkpoint._replace(ln_x_eps=huggingface.ln_x_eps({}, named))
+        checkpoint = checkpoint._replace(ln_x_eps=huggingface.ln_x_eps(named))
     return checkpoint._replace(tensors=named)
 
 
@@ -63,13 +66,20 @@ def _open_folder(folder: Path) -> Checkpoint:
     settings = _json(folder / _CONFIG)
     huggingface.check_config(settings, folder / _CONFIG)
     parts = [_open_file(path) for path in _weight_files(folder)]
-    try:
+    with _naming(folder):
         merged = unique(pair for part in parts for pair in part.tensors.items())
-        named = _named(Checkpoint(f"Hugging Face folder, {parts[0].format}", merged), folder)
+        named = _named(Checkpoint(f"Hugging Face folder, {parts[0].format}", merged))
         huggingface.check_sizes(settings, named.tensors)
+    return named
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Puts the path before the message of a ValueError."""
+    try:
+        yield
     except ValueError as error:
-        raise ValueError(f"{folder}: {str(error).removeprefix(f'{folder}: ')}") from None
-    return named._replace(ln_x_eps=huggingface.ln_x_eps(settings, named.tensors))
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -76,19 +76,19 @@ def check_config(settings: Mapping[str, Any], path: Any) -> None:
 
 def check_sizes(settings: Mapping[str, Any], tensors: Tensors) -> None:
     """Raises ValueError where config.json gives another size than the tensors, which have official names."""
-    emb = tensors["emb.weight"].shape if "emb.weight" in tensors else (None, None)
+    rows, width = tensors["emb.weight"].shape if "emb.weight" in tensors else (None, None)
     layers = len({match[1] for key in tensors if (match := re.match(r"blocks\.(\d+)\.", key))})
-    found = {"vocab_size": emb[0], "hidden_size": emb[-1], "num_hidden_layers": layers}
+    found = {"vocab_size": rows, "hidden_size": width, "num_hidden_layers": layers}
     wrong = [f"{key} is {settings[key]}, the tensors' {n}" for key, n in found.items() if settings.get(key, n) != n]
     if wrong:
         raise ValueError(f"config.json is another model's: {'; '.join(wrong)}; fetch both again")
 
 
-def ln_x_eps(settings: Mapping[str, Any], tensors: Tensors) -> float | None:
+def ln_x_eps(tensors: Tensors) -> float | None:
     """Returns group norm's eps, which RWKV-7's layout implies, given tensors under official names."""
-    if len(getattr(tensors.get("blocks.0.att.r_k"), "shape", ())) != 2:
+    if "blocks.0.att.r_k" not in tensors or len(tensors["blocks.0.att.r_k"].shape) != 2:
         return None
-    return tensors["blocks.0.att.r_k"].shape[-1] * settings.get("norm_eps", EPS)
+    return tensors["blocks.0.att.r_k"].shape[-1] * EPS  # check_config sees to it that norm_eps is that.
 
 
 def exported(checkpoint: Checkpoint, config: Config) -> tuple[dict[str, Stored], dict[str, Any]]:
@@ -120,7 +120,7 @@ def _of_rwkv7(key: str, tensor: Stored) -> dict[str, Stored]:
         if tensor.shape[1:]:
             return {name: tensor.transposed()}
         return {name: tensor.reshaped((1, 1, math.prod(tensor.shape)))}
-    if key.endswith(".x_x") and tensor.shape[0] == len(_SHIFTS):
+    if key.endswith(".x_x") and tensor.shape[:1] == (len(_SHIFTS),):
         width = math.prod(tensor.shape[1:])
         base = _translated(key, _RWKV7).removesuffix("x")
 
