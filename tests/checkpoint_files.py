@@ -1,6 +1,7 @@
 """Writers of other programs' files, from their descriptions, for what the readers must read; and what tests of both share."""
 
 import dataclasses
+import importlib.util
 import struct
 import zipfile
 from typing import Any
@@ -12,21 +13,14 @@ import pytest
 
 import rwkv_jax
 from rwkv_jax import params as p
-from rwkv_jax.models import ARCHITECTURES, module_of
-
-ARCHITECTURE = {"4v0": "rwkv4", "5v1": "rwkv5", "5v2": "rwkv5", "6v0": "rwkv6", "7v0": "rwkv7"}
-"""By the version in a reference file's name."""
+from rwkv_jax.models import module_of
 
 
-def references(*names):
-    """Parameters of a test: names with a version in them, skipped where that architecture is not registered."""
-
-    def one(name):
-        architecture = ARCHITECTURE[next(version for version in ARCHITECTURE if version in name)]
-        absent = architecture not in ARCHITECTURES
-        return pytest.param(name, marks=pytest.mark.skipif(absent, reason=f"{architecture} is not registered"))
-
-    return [one(name) for name in names]
+def needs(*packages):
+    """Skips the test where a package that the project does not install is absent: torch, and programs that check ours."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"needs the package {package}")
 
 
 def random_params(config, dtype: Any = np.float32):

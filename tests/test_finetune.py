@@ -235,7 +235,8 @@ def test_lora_targets_come_from_file_or_command_line_and_load_equal(tmp_path):
     file.write_text('[finetune]\ninit_from = "x"\nmethod = "lora"\nlora_targets = ["key", "att.output"]\n')
     settings = config.parse(["--cfg", str(file)])
     assert settings.finetune.lora_targets == ("key", "att.output")
-    assert config.parse(["--finetune.init_from=x", "--finetune.method=lora", '--finetune.lora_targets=["key", "att.output"]']) == settings  # noqa: E501  # fmt: skip
+    arguments = ["--finetune.init_from=x", "--finetune.method=lora", '--finetune.lora_targets=["key", "att.output"]']
+    assert config.parse(arguments) == settings
     file.write_text(config.to_toml(settings))
     assert config.load(file) == settings == config.from_dict(config.to_dict(settings), "test")
     file.write_text('[finetune]\nlora_targets = ["key", 3]\n')

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import safetensors.numpy
-from checkpoint_files import assert_same_bits, official, random_params, references, write_rwkv_cpp
+from checkpoint_files import assert_same_bits, official, random_params, write_rwkv_cpp
 from small_models import SMALL
 
 import rwkv_jax
@@ -102,7 +102,7 @@ def test_inspect_says_what_is_wrong(shared, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", references(*(f"synthetic-rwkv-{v}" for v in ("4v0", "5v1", "5v2", "6v0", "7v0"))))
+@pytest.mark.parametrize("name", [*(f"synthetic-rwkv-{v}" for v in ("4v0", "5v1", "5v2", "6v0", "7v0"))])
 def test_every_version_is_within_its_rounding(name, dtype, shared, capsys):
     verify.main([str(shared / f"reference/{name}.safetensors"), "--dtype", dtype, "--tokens", "40"])
     out = capsys.readouterr().out

@@ -4,6 +4,7 @@ import contextlib
 import pickle
 import re
 import struct
+import tracemalloc
 import zipfile
 
 import jax
@@ -16,7 +17,6 @@ from checkpoint_files import (
     contiguous,
     official,
     random_params,
-    references,
     state_dict,
     tensor_opcodes,
     text,
@@ -31,11 +31,11 @@ import rwkv_jax
 from rwkv_jax.convert.formats import open_checkpoint
 
 CONFIG = rwkv_jax.RWKV4Config(vocab_size=17, num_layers=2, embed_dim=6)
-SOURCES = references(
+SOURCES = [
     *(f"tiny-rwkv-{version}" for version in ("4v0", "5v1", "5v2", "7v0")),
     *(f"synthetic-rwkv-{version}" for version in ("4v0", "5v1", "5v2", "6v0", "7v0")),
-)
-CONTAINERS = references(
+]
+CONTAINERS = [
     "synthetic-rwkv-4v0-legacy.pth",
     "tiny-rwkv-4v0-bfloat16.pth",
     "synthetic-rwkv-5v2-float32.pth",
@@ -43,7 +43,7 @@ CONTAINERS = references(
     "tiny-rwkv-7v0-bfloat16.pth",
     "hf-rwkv-4v0",
     "fla-rwkv-7v0",
-)
+]
 TOLERANCE = 1e-4
 """Absolute, on float32 logits, against the float64 reference."""
 WRITERS = {
@@ -224,8 +224,6 @@ def test_a_pickle_cannot_alter_what_it_names(name, state, tmp_path):
 
 
 def test_a_claim_of_many_entries_takes_no_memory(tmp_path):
-    import tracemalloc
-
     torch_zip(tmp_path / "m", b"\x80\x02}r" + struct.pack("<I", 200_000_000) + b".", {})
     tracemalloc.start()
     with pytest.raises(ValueError, match="not a checkpoint of RWKV"):

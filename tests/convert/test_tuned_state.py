@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from checkpoint_files import official, random_params, write_torch
+from checkpoint_files import needs, official, random_params, write_torch
 from small_models import SMALL
 
 import rwkv_jax
@@ -46,7 +46,7 @@ def test_a_file_becomes_a_state_with_our_axes(write, config, tmp_path):
 @pytest.mark.parametrize("file", ["s.pth", "s.safetensors"])
 def test_a_saved_state_is_loaded_bit_for_bit(file, config, tmp_path):
     if file == "s.pth":
-        pytest.importorskip("torch", reason="writing .pth needs the package torch")
+        needs("torch")
     safetensors.numpy.save_file(time_states(config), tmp_path / "original")
     state = rwkv_jax.load_state(tmp_path / "original", config)
     rwkv_jax.save_state(tmp_path / file, state, config)
