@@ -136,9 +136,8 @@ class Checkpoints:
     def _naming_the_last(self) -> Iterator[None]:
         try:
             yield
-        except (
-            Exception
-        ) as error:  # Orbax and TensorStore raise many kinds for what the disk refuses; the chain has them all.
+        # Orbax and TensorStore raise many kinds for what the disk refuses; the chain has them all.
+        except Exception as error:
             reason = _first_line(error)
             last = max((int(path.name) for path in self.folder.glob("*") if path.name.isdigit()), default=None)
             raise OSError(

@@ -76,9 +76,9 @@ def check_config(settings: Mapping[str, Any], path: Any) -> None:
 
 def check_sizes(settings: Mapping[str, Any], tensors: Tensors) -> None:
     """Raises ValueError where config.json gives another size than the tensors, which have official names."""
-    rows, width = tensors["emb.weight"].shape if "emb.weight" in tensors else (None, None)
-    layers = len({match[1] for key in tensors if (match := re.match(r"blocks\.(\d+)\.", key))})
-    found = {"vocab_size": rows, "hidden_size": width, "num_hidden_layers": layers}
+    found = {"num_hidden_layers": len({match[1] for key in tensors if (match := re.match(r"blocks\.(\d+)\.", key))})}
+    if "emb.weight" in tensors:
+        found |= dict(zip(("vocab_size", "hidden_size"), tensors["emb.weight"].shape, strict=False))
     wrong = [f"{key} is {settings[key]}, the tensors' {n}" for key, n in found.items() if settings.get(key, n) != n]
     if wrong:
         raise ValueError(f"config.json is another model's: {'; '.join(wrong)}; fetch both again")

@@ -137,7 +137,8 @@ def from_params(params: Any, config: Config) -> dict[str, Stored]:
     p.check_shapes(params, declaration, config.num_layers)
     tensors: dict[str, Stored] = {}
     pairs = list(zip(jax.tree.leaves(declaration), jax.tree.leaves(params), strict=True))
-    # What a layer does not use is written only where there is something in it to give back, and all of it or none.
+    # What a layer does not use is written only where there is something in it to give back, and all of it or none; of a single layer
+    # always, since no other shows its widths.
     held = {
         layer
         for param, value in pairs

@@ -75,9 +75,10 @@ class Checkpoint(NamedTuple):
 
 def check_range(values: np.ndarray, cast: np.ndarray, name: str) -> None:
     """Raises ValueError if values of the tensor `name` are beyond the range of float16, to which they were cast."""
-    if cast.dtype == np.float16 and np.isinf(cast).any() and not np.isinf(values).any():
-        largest = np.abs(values).max()
-        raise ValueError(f"{name} has a value of {largest:g}, and float16 ends at 65504; take bfloat16 or float32")
+    if cast.dtype == np.float16 and (lost := np.isinf(cast) & ~np.isinf(values)).any():
+        raise ValueError(
+            f"{name} has a value of {values[lost][0]:g}, and float16 ends at 65504; take bfloat16 or float32"
+        )
 
 
 def unique(named: Iterable[tuple[str, Stored]]) -> dict[str, Stored]:

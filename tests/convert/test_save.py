@@ -41,9 +41,7 @@ def test_safetensors_give_back_every_bit_and_the_config(file, name, dtype, tmp_p
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", SMALL)
 def test_pth_gives_back_every_bit_and_torch_reads_it(name, dtype, tmp_path):
-    needs("torch")
-    import torch
-
+    torch = pytest.importorskip("torch", reason="needs the package torch")
     config, params = with_eps(SMALL[name], 3e-5), random_params(SMALL[name], jnp.dtype(dtype))
     rwkv_jax.save(tmp_path / "m.pth", params, config)
     loaded, loaded_config = rwkv_jax.load(tmp_path / "m.pth", ln_x_eps=3e-5)
