@@ -1,44 +1,109 @@
 """Chooses among the backends of an op, and says why."""
 
+import importlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
+
+import jax
+
+LARGEST_HEAD = 256
+"""Channels of a head that the kernels hold, at most."""
+
+
+class Call(NamedTuple):
+    """What a backend is asked to do, as far as it may refuse."""
+
+    platform: str
+    """"cpu", "gpu", "tpu", ..."""
+    capability: float | None = None
+    """Compute capability of an NVIDIA GPU; None where it is not known."""
+    head_dim: int = 0
+    """Channels of the largest head; 0 where the op has none, or for any."""
 
 
 class Backend(NamedTuple):
     """One way to run an op.
 
-    `why_not(platform)` returns why it cannot run on "cpu", "gpu", "tpu", ..., or None where it can.
+    `why_not(call)` returns why it cannot do that, or None where it can. A backend that is `by_name` is never chosen unless named.
     """
 
     run: Callable[..., Any]
-    why_not: Callable[[str], str | None]
+    why_not: Callable[[Call], str | None]
+    by_name: bool = False
 
 
-def anywhere(platform: str) -> None:
-    """The `why_not` of a backend that runs on every platform."""
-    del platform
+def here(head_dim: int = 0) -> Call:
+    """Returns a call on the device in use: that of the abstract mesh that is set (to compile for it), else JAX's default device."""
+    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if abstract is not None:
+        return Call(_platform(abstract), None, head_dim)
+    default: Any = getattr(jax.config, "jax_default_device", None) or jax.default_backend()
+    device: Any = jax.devices(default)[0] if isinstance(default, str) else default
+    nvidia = "cuda" in device.client.platform_version
+    return Call(_platform(device), float(device.compute_capability) if nvidia else None, head_dim)
 
 
-def choose(op: str, backends: Mapping[str, Backend], requested: str | None, platform: str) -> Backend:
-    """Returns the requested backend, or, for None, the first one in order that runs on `platform`.
+def _platform(device: Any) -> str:
+    return {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform)
+
+
+def anything(call: Call) -> None:
+    """The `why_not` of a backend that can do everything everywhere."""
+    del call
+
+
+def heads_fit(call: Call) -> str | None:
+    """The `why_not` of a kernel in an interpreter: any device, heads as a compiled one."""
+    if call.head_dim > LARGEST_HEAD:
+        return f"a head has {call.head_dim} channels; the kernels hold at most {LARGEST_HEAD}"
+    return None
+
+
+def triton_gpu(call: Call) -> str | None:
+    """The `why_not` of Pallas kernels that Triton compiles."""
+    if call.platform != "gpu":
+        return f"needs a GPU, and the device in use is a {call.platform}"
+    if call.capability is not None and call.capability < 8:
+        return f"needs an NVIDIA GPU of compute capability 8.0 (Ampere) or later; this one has {call.capability}"
+    return _cannot_import("jax.experimental.pallas.triton") or heads_fit(call)
+
+
+def tpu(call: Call) -> str | None:
+    """The `why_not` of Pallas kernels for TPUs."""
+    if call.platform != "tpu":
+        return f"needs a TPU, and the device in use is a {call.platform}"
+    return _cannot_import("jax.experimental.pallas.tpu") or heads_fit(call)
+
+
+def _cannot_import(module: str) -> str | None:
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        return f"needs {module}, which JAX {jax.__version__} does not give here: {error}"
+    return None
+
+
+def choose(op: str, backends: Mapping[str, Backend], requested: str | None, call: Call) -> Backend:
+    """Returns the requested backend, or, for None, the first one in order that can do the call.
 
     Raises:
-        ValueError: The requested backend does not exist or cannot run here, or none can; the message lists every backend
-            with its reason.
+        ValueError: The requested backend does not exist or cannot do it, or none can; the message lists every backend with its
+            reason.
     """
-    if requested is not None and requested in backends and not backends[requested].why_not(platform):
+    if requested is not None and requested in backends and not backends[requested].why_not(call):
         return backends[requested]
     if requested is None:
         for backend in backends.values():
-            if not backend.why_not(platform):
+            if not backend.by_name and not backend.why_not(call):
                 return backend
     problem = "no backend runs here" if requested is None else f"backend={requested!r} cannot be used"
-    raise ValueError(f"{op}: {problem}; choose one of these, or None for the best:\n{explain(op, backends, platform)}")
+    raise ValueError(f"{op}: {problem}; choose one of these, or None for the best:\n{explain(op, backends, call)}")
 
 
-def explain(op: str, backends: Mapping[str, Backend], platform: str) -> str:
-    """Returns one line a backend, in order of preference: whether it runs on `platform`, or why it does not."""
-    lines = [f"{op} on {platform}, in order of preference:"]
+def explain(op: str, backends: Mapping[str, Backend], call: Call) -> str:
+    """Returns one line a backend, in order of preference: whether it can do the call, or why it cannot."""
+    lines = [f"{op} on {call.platform}, in order of preference:"]
     for name, backend in backends.items():
-        lines.append(f"  {name}: {backend.why_not(platform) or 'runs here'}")
+        can = "runs here, if named" if backend.by_name else "runs here"
+        lines.append(f"  {name}: {backend.why_not(call) or can}")
     return "\n".join(lines)

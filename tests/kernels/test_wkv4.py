@@ -7,12 +7,13 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kernel_backends import beside_the_oracle, each_case, interpreted, on_this_device
 from rwkv_kernels import WKV4State, explain_wkv4, numerics, wkv4
 from rwkv_kernels.wkv4 import cases
 from rwkv_kernels.wkv4.api import BACKENDS
 from rwkv_kernels.wkv4.parallel import chunk_length
 
-FAST = [name for name in BACKENDS if name != "scan"]
+HERE, FAST, INTERPRETED = on_this_device(BACKENDS), beside_the_oracle(BACKENDS), interpreted(BACKENDS)
 
 
 @partial(jax.jit, static_argnames="backend")
@@ -56,10 +57,17 @@ def check(case, backend, dtypes):
             assert error <= bound, f"{where}: relative error {error:.2e}, allowed {bound:.2e}"
 
 
-@pytest.mark.parametrize("backend", FAST)
-@pytest.mark.parametrize("name", cases.CASES)
+@pytest.mark.parametrize(("name", "backend"), each_case(BACKENDS, cases.CASES))
 def test_backend_equals_scan_in_outputs_and_all_gradients(name, backend, x64):
-    check(cases.CASES[name], backend, [jnp.float64, jnp.float32, jnp.bfloat16])
+    lower = () if backend in INTERPRETED else (jnp.float32, jnp.bfloat16)
+    check(cases.CASES[name], backend, [jnp.float64, *lower])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", INTERPRETED)
+@pytest.mark.parametrize("name", cases.CASES)
+def test_an_interpreted_kernel_equals_scan_in_lower_precision_too(name, backend, x64):
+    check(cases.CASES[name], backend, [jnp.float32, jnp.bfloat16])
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -80,7 +88,7 @@ def test_backend_equals_scan_over_4096_tokens(backend, x64):
     check(cases.LONG, backend, [jnp.float32])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HERE)
 def test_output_is_the_papers_weighted_mean(backend, x64):
     inputs = cases.make(cases.Case(batch_size=1, num_tokens=20, embed_dim=4, time_decay=(-3, 1), carried=False))
     k, v, w, u = inputs.k[0], inputs.v[0], inputs.w, inputs.u
@@ -92,7 +100,7 @@ def test_output_is_the_papers_weighted_mean(backend, x64):
     np.testing.assert_allclose(y[0], expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HERE)
 def test_future_tokens_do_not_change_past_outputs(backend):
     inputs = cases.make(cases.Case(num_tokens=40))
     k, v, w, u = (jnp.asarray(x, jnp.float32) for x in (inputs.k, inputs.v, inputs.w, inputs.u))
@@ -102,7 +110,7 @@ def test_future_tokens_do_not_change_past_outputs(backend):
     assert not np.allclose(y[:, 25:], changed[:, 25:])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HERE)
 def test_padding_past_length_has_no_effect_and_no_gradient(backend):
     inputs = cases.make(cases.Case(batch_size=2, num_tokens=30))
     k, v, w, u = (jnp.asarray(x, jnp.float32) for x in (inputs.k, inputs.v, inputs.w, inputs.u))
@@ -120,7 +128,7 @@ def test_padding_past_length_has_no_effect_and_no_gradient(backend):
     np.testing.assert_array_equal(gv, clean_v)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HERE)
 def test_vmap_over_every_argument_equals_a_loop(backend):
     problems = [cases.make(cases.CASES["lengths_and_resets"], seed) for seed in range(3)]
 

@@ -7,13 +7,14 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kernel_backends import beside_the_oracle, each_case, interpreted, on_this_device
 from rwkv_kernels import explain_wkv6, numerics, wkv6
 from rwkv_kernels.wkv6 import cases
 from rwkv_kernels.wkv6.api import BACKENDS
 from rwkv_kernels.wkv6.parallel import MAX_CHUNK, chunk_length
 
 QUICK = ("one_token", "ragged_end", "strongest_decay", "lengths_and_resets", "whole_chunks_constant_decay")
-FAST = [name for name in BACKENDS if name != "scan"]
+HERE, FAST, INTERPRETED = on_this_device(BACKENDS), beside_the_oracle(BACKENDS), interpreted(BACKENDS)
 
 
 @partial(jax.jit, static_argnames="backend")
@@ -58,12 +59,17 @@ def as_float32(inputs):
     return [jnp.asarray(x, jnp.float32) for x in (inputs.r, inputs.k, inputs.v, inputs.w, inputs.u)]
 
 
-@pytest.mark.parametrize("backend", FAST)
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in cases.CASES]
-)
+@pytest.mark.parametrize(("name", "backend"), each_case(BACKENDS, cases.CASES, QUICK))
 def test_backend_equals_scan_in_outputs_and_all_gradients(name, backend, x64):
-    check(cases.CASES[name], backend, [jnp.float64, jnp.float32, jnp.bfloat16])
+    lower = () if backend in INTERPRETED else (jnp.float32, jnp.bfloat16)
+    check(cases.CASES[name], backend, [jnp.float64, *lower])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", INTERPRETED)
+@pytest.mark.parametrize("name", cases.CASES)
+def test_an_interpreted_kernel_equals_scan_in_lower_precision_too(name, backend, x64):
+    check(cases.CASES[name], backend, [jnp.float32, jnp.bfloat16])
 
 
 @pytest.mark.slow
@@ -72,7 +78,7 @@ def test_backend_equals_scan_over_4096_tokens(backend, x64):
     check(cases.LONG, backend, [jnp.float32])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HERE)
 @pytest.mark.parametrize("constant", [False, True], ids=["decay_of_each_token", "constant_decay"])
 def test_output_is_the_sum_over_earlier_tokens(constant, backend, x64):
     case = cases.Case(batch_size=1, num_tokens=20, num_heads=1, time_decay=(-3, 1), constant=constant, carried=False)
@@ -88,7 +94,7 @@ def test_output_is_the_sum_over_earlier_tokens(constant, backend, x64):
     np.testing.assert_allclose(y[0, :, 0], expected, rtol=1e-10)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HERE)
 @pytest.mark.parametrize("w", [-1e5, -np.inf, -1e-30])
 def test_decays_past_any_exponent_stay_finite(w, backend):
     r, k, v, _, u = as_float32(cases.make(cases.Case(num_tokens=40)))
@@ -98,7 +104,7 @@ def test_decays_past_any_exponent_stay_finite(w, backend):
         assert np.isfinite(value) and np.isfinite(gradient).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HERE)
 def test_a_weak_decay_after_a_strong_one_keeps_its_digits(backend, x64):
     # Differences of running sums would leave the weak decays, 0.001 each, to what float32 resolves near 600: 6e-5.
     inputs = cases.make(cases.Case(num_tokens=64, time_decay=(-7, -7)))
@@ -112,7 +118,7 @@ def test_a_weak_decay_after_a_strong_one_keeps_its_digits(backend, x64):
         assert error <= 1e-6
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HERE)
 def test_future_tokens_do_not_change_past_outputs(backend):
     r, k, v, w, u = as_float32(cases.make(cases.Case(num_tokens=40)))
     y, _ = wkv6(r, k, v, w, u, backend=backend)
@@ -122,7 +128,7 @@ def test_future_tokens_do_not_change_past_outputs(backend):
     assert not np.allclose(y[:, 25:], changed[:, 25:])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HERE)
 def test_a_tokens_own_decay_touches_only_later_outputs(backend):
     r, k, v, w, u = as_float32(cases.make(cases.Case(num_tokens=40)))
     jacobian = jax.jacrev(lambda w: wkv6(r, k, v, w, u, backend=backend)[0].sum((0, 2, 3)))(w)
@@ -130,7 +136,7 @@ def test_a_tokens_own_decay_touches_only_later_outputs(backend):
     np.testing.assert_array_equal(touched, np.tri(40, k=-1, dtype=bool) & (np.arange(40) > 0))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HERE)
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_token_that_is_not_finite_spoils_no_earlier_token_and_none_after_a_reset(value, backend):
     r, k, v, w, u = as_float32(cases.make(cases.Case(num_tokens=40)))
@@ -144,7 +150,7 @@ def test_a_token_that_is_not_finite_spoils_no_earlier_token_and_none_after_a_res
     assert not np.isfinite(y[0, 25:30]).any()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HERE)
 def test_padding_past_length_has_no_effect_and_no_gradient(backend):
     *tokens, u = as_float32(cases.make(cases.Case(batch_size=2, num_tokens=30)))
     length = jnp.array([13, 30])
@@ -162,7 +168,7 @@ def test_padding_past_length_has_no_effect_and_no_gradient(backend):
         np.testing.assert_array_equal(actual, clean)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HERE)
 @pytest.mark.parametrize("name", ["lengths_and_resets", "lengths_and_resets_constant_decay"])
 def test_vmap_over_every_argument_equals_a_loop(name, backend):
     def op(inputs):
@@ -237,7 +243,7 @@ def test_scan_has_no_custom_vjp_and_takes_forward_mode_and_hessians():
         np.testing.assert_allclose(hessian[0, i], difference, rtol=2e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HERE)
 def test_outputs_have_the_inputs_dtype_and_the_state_is_float32(backend, x64):
     k = jnp.ones((2, 5, 1, 4), jnp.bfloat16)
     w = -jnp.ones((1, 4), jnp.float32)

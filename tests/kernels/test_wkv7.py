@@ -7,12 +7,13 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kernel_backends import beside_the_oracle, each_case, interpreted, on_this_device
 from rwkv_kernels import explain_wkv7, numerics, wkv7
 from rwkv_kernels.wkv7 import cases
 from rwkv_kernels.wkv7.api import BACKENDS
 from rwkv_kernels.wkv7.parallel import LONGEST_CHUNK, chunk_length
 
-FAST = [name for name in BACKENDS if name != "scan"]
+HERE, FAST, INTERPRETED = on_this_device(BACKENDS), beside_the_oracle(BACKENDS), interpreted(BACKENDS)
 TOKENS = ("r", "w", "k", "v", "a", "b")
 
 
@@ -61,10 +62,17 @@ def as_float32(inputs):
     return jax.tree.map(lambda x: jnp.asarray(x, None if x.dtype in (bool, np.int32) else jnp.float32), inputs)
 
 
-@pytest.mark.parametrize("backend", FAST)
-@pytest.mark.parametrize("name", cases.CASES)
+@pytest.mark.parametrize(("name", "backend"), each_case(BACKENDS, cases.CASES))
 def test_backend_equals_scan_in_outputs_and_all_gradients(name, backend, x64):
-    check(cases.CASES[name], backend, [jnp.float64, jnp.float32, jnp.bfloat16])
+    lower = () if backend in INTERPRETED else (jnp.float32, jnp.bfloat16)
+    check(cases.CASES[name], backend, [jnp.float64, *lower])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", INTERPRETED)
+@pytest.mark.parametrize("name", cases.CASES)
+def test_an_interpreted_kernel_equals_scan_in_lower_precision_too(name, backend, x64):
+    check(cases.CASES[name], backend, [jnp.float32, jnp.bfloat16])
 
 
 @pytest.mark.slow
@@ -73,7 +81,7 @@ def test_backend_equals_scan_over_4096_tokens(backend, x64):
     check(cases.LONG, backend, [jnp.float32])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HERE)
 def test_output_and_state_follow_the_recurrence(backend, x64):
     x = cases.make(cases.Case(batch_size=1, num_tokens=20, num_heads=1, key_dim=3, value_dim=2))
     state, expected = x.state[0, 0], []
@@ -86,7 +94,7 @@ def test_output_and_state_follow_the_recurrence(backend, x64):
     np.testing.assert_allclose(final[0, 0], state, rtol=1e-11)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HERE)
 def test_without_resets_and_lengths_nothing_changes(backend):
     inputs = as_float32(cases.make(cases.Case(num_tokens=37)))
     op = lambda **masks: wkv7(*inputs[:7], backend=backend, **masks)
@@ -95,7 +103,7 @@ def test_without_resets_and_lengths_nothing_changes(backend):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HERE)
 def test_a_row_with_a_length_equals_the_shorter_row(backend):
     inputs = as_float32(cases.make(cases.CASES["lengths_and_resets"]))
     y, state = wkv7(*inputs[:7], reset=inputs.reset, length=inputs.length, backend=backend)
@@ -112,7 +120,7 @@ def test_a_row_with_a_length_equals_the_shorter_row(backend):
         np.testing.assert_allclose(state[row], end[0], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HERE)
 @pytest.mark.parametrize("at", [0, 5, 16, 39])
 def test_nothing_before_a_reset_reaches_what_comes_after(at, backend):
     inputs = as_float32(cases.make(cases.Case(num_tokens=40)))
@@ -128,7 +136,7 @@ def test_nothing_before_a_reset_reaches_what_comes_after(at, backend):
         np.testing.assert_allclose(g[:, :at], 0, atol=1e-4 if name == "w" else 0)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HERE)
 def test_future_tokens_do_not_change_past_outputs(backend):
     inputs = as_float32(cases.make(cases.Case(num_tokens=40)))
     y, _ = wkv7(*inputs[:7], backend=backend)
@@ -138,7 +146,7 @@ def test_future_tokens_do_not_change_past_outputs(backend):
     assert not np.allclose(y[:, 25:], changed[:, 25:])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HERE)
 def test_padding_past_length_has_no_effect_and_no_gradient(backend):
     inputs = as_float32(cases.make(cases.Case(num_tokens=30)))
     length = jnp.array([13, 30])
@@ -157,7 +165,7 @@ def test_padding_past_length_has_no_effect_and_no_gradient(backend):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HERE)
 def test_vmap_over_every_argument_equals_a_loop(backend):
     problems = [as_float32(cases.make(cases.CASES["lengths_and_resets"], seed)) for seed in range(3)]
 

@@ -5,12 +5,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from .. import dispatch
+from ..pallas import kernel_backends
+from .chunk import kernel
 from .parallel import parallel
 from .reference import EMPTY, WKV4State, scan
 
+_COMPILED, _INTERPRETED = kernel_backends(kernel)
 BACKENDS = {
-    "parallel": dispatch.Backend(parallel, dispatch.anywhere),
-    "scan": dispatch.Backend(scan, dispatch.anywhere),
+    **_COMPILED,
+    "parallel": dispatch.Backend(parallel, dispatch.anything),
+    "scan": dispatch.Backend(scan, dispatch.anything),
+    **_INTERPRETED,
 }
 """In order of preference."""
 
@@ -64,14 +69,15 @@ def wkv4(
     if length is not None:  # Padding may hold anything, and 0 * inf would reach gradients.
         valid = jnp.arange(num_tokens)[:, None] < length[:, None, None]
         k, v = jnp.where(valid, k, 0), jnp.where(valid, v, 0)
-    run = dispatch.choose("wkv4", BACKENDS, backend, jax.default_backend()).run
-    y, new = run(*jax.tree.map(lambda x: x.astype(dtype), (k, v, w, u, state)), reset, length)
+    run = dispatch.choose("wkv4", BACKENDS, backend, dispatch.here()).run
+    w, u, state = jax.tree.map(lambda x: x.astype(dtype), (w, u, state))
+    y, new = run(k, v, w, u, state, reset, length)
     return y.astype(v.dtype), new
 
 
 def explain_wkv4(platform: str | None = None) -> str:
     """Returns every backend of wkv4 with its reason for or against on a platform (default: the one in use)."""
-    return dispatch.explain("wkv4", BACKENDS, platform or jax.default_backend())
+    return dispatch.explain("wkv4", BACKENDS, dispatch.Call(platform) if platform else dispatch.here())
 
 
 def _check(k, v, w, u, state, reset, length):

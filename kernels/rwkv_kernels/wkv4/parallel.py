@@ -72,6 +72,7 @@ def parallel(
 
     Its derivatives are reverse-mode only (a custom_vjp); use the scan for jvp and Hessians.
     """
+    k, v = (x.astype(state.aa.dtype) for x in (k, v))
     return _wkv(k, v, w, u, state, reset, length)
 
 

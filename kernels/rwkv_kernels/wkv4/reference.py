@@ -48,6 +48,7 @@ def scan(
         new = WKV4State(e1 * aa + e2 * v, e1 * bb + e2, q)
         return jax.tree.map(lambda new, old: jnp.where(valid, new, old), new, carry), jnp.where(valid, y, 0)
 
+    k, v = (x.astype(state.aa.dtype) for x in (k, v))
     batch, num_tokens, _ = k.shape
     reset = jnp.zeros((batch, num_tokens), bool) if reset is None else reset
     length = jnp.full((batch,), num_tokens) if length is None else length

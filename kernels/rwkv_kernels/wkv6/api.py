@@ -1,16 +1,20 @@
 """The public WKV operator of RWKV-5 and RWKV-6: checks, defaults and the choice of backend."""
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from .. import dispatch
+from ..pallas import kernel_backends
+from .chunk import kernel
 from .parallel import parallel
 from .reference import scan
 
+_COMPILED, _INTERPRETED = kernel_backends(kernel)
 BACKENDS = {
-    "parallel": dispatch.Backend(parallel, dispatch.anywhere),
-    "scan": dispatch.Backend(scan, dispatch.anywhere),
+    **_COMPILED,
+    "parallel": dispatch.Backend(parallel, dispatch.anything),
+    "scan": dispatch.Backend(scan, dispatch.anything),
+    **_INTERPRETED,
 }
 """In order of preference."""
 
@@ -69,14 +73,14 @@ def wkv6(
         valid = (jnp.arange(num_tokens) < length[:, None])[..., None, None]
         r, k, v = (jnp.where(valid, x, 0) for x in (r, k, v))
         w = w if w.ndim == 2 else jnp.where(valid, w, 0)
-    run = dispatch.choose("wkv6", BACKENDS, backend, jax.default_backend()).run
-    y, new = run(*(x.astype(dtype) for x in (r, k, v, w, u, state)), reset, length)
+    run = dispatch.choose("wkv6", BACKENDS, backend, dispatch.here(max(key_dim, v.shape[-1]))).run
+    y, new = run(r, k, v, w, u.astype(dtype), state.astype(dtype), reset, length)
     return y.astype(v.dtype), new
 
 
 def explain_wkv6(platform: str | None = None) -> str:
     """Returns every backend of wkv6 with its reason for or against on a platform (default: the one in use)."""
-    return dispatch.explain("wkv6", BACKENDS, platform or jax.default_backend())
+    return dispatch.explain("wkv6", BACKENDS, dispatch.Call(platform) if platform else dispatch.here())
 
 
 def _check(r, k, v, w, u, state, reset, length):

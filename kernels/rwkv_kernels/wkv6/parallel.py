@@ -48,6 +48,7 @@ def parallel(
 
     Its derivatives are reverse-mode only (a custom_vjp); use the scan for jvp and Hessians.
     """
+    r, k, v, w = (x.astype(state.dtype) for x in (r, k, v, w))
     num_tokens = k.shape[1]
     chunk = chunk_length(num_tokens)
     if length is not None:  # r, k and v of other tokens are 0: without decay too they do nothing.

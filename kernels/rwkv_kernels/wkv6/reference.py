@@ -30,6 +30,7 @@ def scan(
         new = jnp.exp(w)[..., :, None] * past + kv
         return jnp.where(valid, new, state), jnp.where(valid[..., 0], y, 0)
 
+    r, k, v, w = (x.astype(state.dtype) for x in (r, k, v, w))
     batch, num_tokens, _, _ = k.shape
     reset = jnp.zeros((batch, num_tokens), bool) if reset is None else reset
     length = jnp.full((batch,), num_tokens) if length is None else length

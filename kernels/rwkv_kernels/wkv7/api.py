@@ -1,16 +1,20 @@
 """The public WKV operator of RWKV-7: checks, defaults and the choice of backend."""
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from .. import dispatch
+from ..pallas import kernel_backends
+from .chunk import kernel
 from .parallel import parallel
 from .reference import scan
 
+_COMPILED, _INTERPRETED = kernel_backends(kernel)
 BACKENDS = {
-    "parallel": dispatch.Backend(parallel, dispatch.anywhere),
-    "scan": dispatch.Backend(scan, dispatch.anywhere),
+    **_COMPILED,
+    "parallel": dispatch.Backend(parallel, dispatch.anything),
+    "scan": dispatch.Backend(scan, dispatch.anything),
+    **_INTERPRETED,
 }
 """In order of preference."""
 
@@ -72,14 +76,14 @@ def wkv7(
         valid = jnp.arange(num_tokens) < length[:, None]
         tokens = tuple(jnp.where(valid[..., None, None], x, 0) for x in tokens)
         reset = None if reset is None else reset & valid
-    run = dispatch.choose("wkv7", BACKENDS, backend, jax.default_backend()).run
-    y, new = run(*(x.astype(dtype) for x in (*tokens, state)), reset, length)
+    run = dispatch.choose("wkv7", BACKENDS, backend, dispatch.here(max(key_dim, v.shape[-1]))).run
+    y, new = run(*tokens, state.astype(dtype), reset, length)
     return y.astype(v.dtype), new
 
 
 def explain_wkv7(platform: str | None = None) -> str:
     """Returns every backend of wkv7 with its reason for or against on a platform (default: the one in use)."""
-    return dispatch.explain("wkv7", BACKENDS, platform or jax.default_backend())
+    return dispatch.explain("wkv7", BACKENDS, dispatch.Call(platform) if platform else dispatch.here())
 
 
 def _check(r, w, k, v, a, b, state, reset, length):

@@ -87,6 +87,7 @@ def parallel(
     Its derivatives are reverse-mode only (a custom_vjp); use the scan for jvp and Hessians.
     """
     del length  # Tokens past it come in as zeros, and those change nothing.
+    r, w, k, v, a, b = (x.astype(state.dtype) for x in (r, w, k, v, a, b))
     num_tokens = r.shape[1]
     padding = -num_tokens % chunk_length(num_tokens)
     if padding:

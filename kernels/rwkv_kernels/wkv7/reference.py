@@ -31,6 +31,7 @@ def scan(
         y = jnp.einsum("bhvk,bhk->bhv", new, r)
         return jnp.where(valid[:, None, None, None], new, state), jnp.where(valid[:, None, None], y, 0)
 
+    r, w, k, v, a, b = (x.astype(state.dtype) for x in (r, w, k, v, a, b))
     batch, num_tokens = r.shape[:2]
     reset = jnp.zeros((batch, num_tokens), bool) if reset is None else reset
     length = jnp.full((batch,), num_tokens) if length is None else length

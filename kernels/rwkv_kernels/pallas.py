@@ -1,0 +1,33 @@
+"""The Pallas kernels of an op as backends: compiled for GPU and TPU, and interpreted on any device."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from . import dispatch
+
+
+def kernel_backends(kernel: Callable[..., Any]) -> tuple[dict[str, dispatch.Backend], dict[str, dispatch.Backend]]:
+    """Returns an op's kernels by name: those that are compiled, in order of preference, and the same interpreted, on any device.
+
+    Args:
+        kernel: The op's wrapper: kernel(run, *arguments of the op) -> (y, state); it forms the `Problem` and calls run.
+    """
+
+    def gpu(*arguments: Any, interpret: bool = False) -> Any:
+        from .pallas_gpu import run  # Pallas takes longer to import than all the rest.
+
+        return kernel(partial(run, interpret=interpret), *arguments)
+
+    def tpu(*arguments: Any, interpret: bool = False) -> Any:
+        from .pallas_tpu import run
+
+        return kernel(partial(run, interpret=interpret), *arguments)
+
+    return {
+        "pallas_gpu": dispatch.Backend(gpu, dispatch.triton_gpu),
+        "pallas_tpu": dispatch.Backend(tpu, dispatch.tpu),
+    }, {
+        "pallas_gpu_interpreted": dispatch.Backend(partial(gpu, interpret=True), dispatch.heads_fit, by_name=True),
+        "pallas_tpu_interpreted": dispatch.Backend(partial(tpu, interpret=True), dispatch.heads_fit, by_name=True),
+    }

@@ -1,0 +1,90 @@
+"""What the kernels of all ops have in common: a recurrence over chunks of tokens, whose chunk is a function of arrays.
+
+An op's `chunk.py` gives the mathematics of one chunk of one head; `pallas_gpu.py` and `pallas_tpu.py` walk the chunks with it and
+derive the backward walk from it: from the states stored at the chunks' starts, last to first, each chunk is computed again and
+pulled back (`jax.vjp`, inside the kernel).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Int
+
+
+class Recurrence(NamedTuple):
+    """An op, as its kernels see it: heads with a token of X numbers from each of several arrays, and a state."""
+
+    name: str
+    chunk: Callable[..., Any]
+    """chunk(tokens, shared, state, marks) -> (y, state) of one head, in the state's dtype.
+
+    With `by_row`, an array of tokens, y and marks are tuples of C rows [1, X] (marks: scalars or [1, 1]); shared and state are
+    [1, X]. Else v and y are [C, V], marks are both [C, 1] and [1, C], and key channels come in pieces, so that products of matrices
+    are small: tuples of [C, P] for every other array of tokens, of [1, P] for a shared one, of [V, P] for the state.
+    """
+    num_tokens: int
+    """C, the tokens in a chunk."""
+    by_row: bool
+    """Whether a chunk is handed over token by token, because its tokens depend on each other."""
+    split: int | None
+    """Which array of tokens has value channels, which the rows of the state and y share and which do not mix; None: none."""
+
+
+class Problem(NamedTuple):
+    """Arrays that a kernel works on, cut into whole chunks: all that an op's own wrapper does not change any more."""
+
+    tokens: tuple[Array, ...]
+    """[B, T, H, X] each."""
+    shared: tuple[Array, ...]
+    """[H, 1, X] each."""
+    state: tuple[Array, ...]
+    """[B, H, 1, X] or [B, H, V, K] each."""
+    marks: Array | None
+    """int32 [B, T], what the op's chunk makes of them: where sequences start and which tokens count."""
+
+
+def pad_tokens(x: Array, multiple: int, value: Any = 0) -> Array:
+    """Returns x [B, T, ...] with T padded to a multiple."""
+    padding = -x.shape[1] % multiple
+    return jnp.pad(x, [(0, 0), (0, padding), *[(0, 0)] * (x.ndim - 2)], constant_values=value) if padding else x
+
+
+def pad_channels(x: Array, axis: int, size: int) -> Array:
+    """Returns x with one axis padded with zeros to `size`."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, size - x.shape[axis])
+    return x if size == x.shape[axis] else jnp.pad(x, widths)
+
+
+def sequence_of(reset: Array, num_tokens: int) -> Int[Array, "B T"]:
+    """Returns how many sequences have started in its chunk at each token, T being whole chunks of `num_tokens`."""
+    chunks = reset.reshape(reset.shape[0], -1, num_tokens)
+    return jnp.cumsum(chunks.astype(jnp.int32), -1).reshape(reset.shape)
+
+
+def dot(a: Array, b: Array, contract: tuple[int, int] = (1, 0)) -> Array:
+    """Returns the product of two matrices over an axis of each, without rounding to fewer digits."""
+    dimensions = (((contract[0],), (contract[1],)), ((), ()))
+    return lax.dot_general(a, b, dimensions, precision=lax.Precision.HIGHEST, preferred_element_type=a.dtype)
+
+
+class Grid(NamedTuple):
+    """The row and the column of each element of a [C, C] matrix of pairs of tokens."""
+
+    row: Int[Array, "C C"]
+    column: Int[Array, "C C"]
+
+    def pairs(self, level: int) -> Bool[Array, "C C"]:
+        """Tokens in the right of two neighbouring blocks of 2^level tokens that one block of twice the size holds, with the left's."""
+        return ((self.row >> level) & 1 == 1) & ((self.row >> level) - 1 == self.column >> level)
+
+
+def grid(size: int) -> Grid:
+    """Returns the grid of C = size tokens."""
+    return Grid(*(lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1)))
+
+
+Run = Callable[[Recurrence, Problem], tuple[Array, tuple[Array, ...]]]
+"""Runs a recurrence: y [B, T, H, V] in the dtype of the tokens, and the state after it."""

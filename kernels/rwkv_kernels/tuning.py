@@ -1,0 +1,40 @@
+"""Sizes of the kernels' blocks, by op and head size, chosen ahead of time and never by timing under jit.
+
+No GPU has timed them: they are those for which the compilers report the fewest spilled registers (see kernels/README.md).
+"""
+
+from typing import NamedTuple
+
+
+class Block(NamedTuple):
+    """How a GPU kernel is cut."""
+
+    warps: int
+    """Of 32 threads, a program."""
+    values: int = 64
+    """Value channels of a head that one program holds, at most."""
+    key_piece: int = 16
+    """Key channels that one product of matrices takes at a time: its operands are in registers as a whole."""
+
+
+class Sizes(NamedTuple):
+    """The cuts of an op's two kernels."""
+
+    forward: Block
+    backward: Block
+
+
+_SIZES = {
+    ("wkv4", 64): Sizes(Block(2), Block(2)),
+    ("wkv6", 64): Sizes(Block(8), Block(8, 16)),
+    ("wkv6", 128): Sizes(Block(8, 32), Block(8, 16)),
+    ("wkv6", 256): Sizes(Block(8, 16), Block(8, 16)),
+    ("wkv7", 64): Sizes(Block(4), Block(8)),
+    ("wkv7", 128): Sizes(Block(8, 32), Block(8, 16)),
+    ("wkv7", 256): Sizes(Block(8, 16), Block(8, 16)),
+}
+
+
+def sizes(op: str, key_dim: int) -> Sizes:
+    """Returns the sizes for heads of `key_dim` key channels (wkv4: channels of a block): those of the next larger entry."""
+    return _SIZES[op, min(size for name, size in _SIZES if name == op and size >= key_dim)]
