@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-LARGEST_HEAD = 256
-"""Channels of a head that the kernels hold, at most."""
+LARGEST_HEAD = {"gpu": 128, "tpu": 256}
+"""Channels of a head that the kernels for a platform hold, at most."""
 
 
 class Call(NamedTuple):
@@ -44,7 +44,7 @@ def here(head_dim: int = 0) -> Call:
 
 
 def _platform(device: Any) -> str:
-    return {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform)
+    return "gpu" if device.platform in ("cuda", "rocm") else device.platform
 
 
 def anything(call: Call) -> None:
@@ -52,10 +52,10 @@ def anything(call: Call) -> None:
     del call
 
 
-def heads_fit(call: Call) -> str | None:
-    """The `why_not` of a kernel in an interpreter: any device, heads as a compiled one."""
-    if call.head_dim > LARGEST_HEAD:
-        return f"a head has {call.head_dim} channels; the kernels hold at most {LARGEST_HEAD}"
+def heads_fit(kernels_for: str, call: Call) -> str | None:
+    """Returns why kernels for a platform cannot hold a call's heads, or None where they can."""
+    if call.head_dim > LARGEST_HEAD[kernels_for]:
+        return f"a head has {call.head_dim} channels; this kernel holds at most {LARGEST_HEAD[kernels_for]}"
     return None
 
 
@@ -65,14 +65,14 @@ def triton_gpu(call: Call) -> str | None:
         return f"needs a GPU, and the device in use is a {call.platform}"
     if call.capability is not None and call.capability < 8:
         return f"needs an NVIDIA GPU of compute capability 8.0 (Ampere) or later; this one has {call.capability}"
-    return _cannot_import("jax.experimental.pallas.triton") or heads_fit(call)
+    return _cannot_import("jax.experimental.pallas.triton") or heads_fit("gpu", call)
 
 
 def tpu(call: Call) -> str | None:
     """The `why_not` of Pallas kernels for TPUs."""
     if call.platform != "tpu":
         return f"needs a TPU, and the device in use is a {call.platform}"
-    return _cannot_import("jax.experimental.pallas.tpu") or heads_fit(call)
+    return _cannot_import("jax.experimental.pallas.tpu") or heads_fit("tpu", call)
 
 
 def _cannot_import(module: str) -> str | None:

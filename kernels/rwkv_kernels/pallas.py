@@ -28,6 +28,10 @@ def kernel_backends(kernel: Callable[..., Any]) -> tuple[dict[str, dispatch.Back
         "pallas_gpu": dispatch.Backend(gpu, dispatch.triton_gpu),
         "pallas_tpu": dispatch.Backend(tpu, dispatch.tpu),
     }, {
-        "pallas_gpu_interpreted": dispatch.Backend(partial(gpu, interpret=True), dispatch.heads_fit, by_name=True),
-        "pallas_tpu_interpreted": dispatch.Backend(partial(tpu, interpret=True), dispatch.heads_fit, by_name=True),
+        "pallas_gpu_interpreted": dispatch.Backend(
+            partial(gpu, interpret=True), partial(dispatch.heads_fit, "gpu"), by_name=True
+        ),
+        "pallas_tpu_interpreted": dispatch.Backend(
+            partial(tpu, interpret=True), partial(dispatch.heads_fit, "tpu"), by_name=True
+        ),
     }

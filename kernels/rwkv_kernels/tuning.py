@@ -26,12 +26,10 @@ class Sizes(NamedTuple):
 
 _SIZES = {
     ("wkv4", 64): Sizes(Block(2), Block(2)),
-    ("wkv6", 64): Sizes(Block(8), Block(8, 16)),
-    ("wkv6", 128): Sizes(Block(8, 32), Block(8, 16)),
-    ("wkv6", 256): Sizes(Block(8, 16), Block(8, 16)),
-    ("wkv7", 64): Sizes(Block(4), Block(8)),
-    ("wkv7", 128): Sizes(Block(8, 32), Block(8, 16)),
-    ("wkv7", 256): Sizes(Block(8, 16), Block(8, 16)),
+    ("wkv6", 64): Sizes(Block(8, 64, 64), Block(8, 32, 64)),
+    ("wkv6", 128): Sizes(Block(8, 16, 16), Block(8, 16, 128)),
+    ("wkv7", 64): Sizes(Block(8, 64, 16), Block(8, 32, 64)),
+    ("wkv7", 128): Sizes(Block(8, 16, 16), Block(8, 16, 128)),
 }
 
 

@@ -1,0 +1,144 @@
+"""Compiles every kernel for hardware that is not here: `python -m rwkv_kernels.compile_report [--json FILE]`.
+
+For a GPU, ptxas says how many registers a thread takes and how many bytes it spills, for a TPU there is only whether it compiles. The
+environment is that of `hardware.py`. Every case compiles in a process of its own, since XLA takes its dump folder at its start.
+"""
+
+import argparse
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from . import hardware
+
+OPS = ("wkv4", "wkv6", "wkv7")
+
+
+class Case(NamedTuple):
+    """One op, forward and backward, for one device."""
+
+    op: str
+    target: str
+    head_dim: int = 64
+    dtype: str = "bfloat16"
+
+
+CASES = [
+    Case(op, target, head_dim, dtype)
+    for target, op, head_dim, dtype in itertools.product(hardware.TARGETS, OPS, (64, 128), ("bfloat16", "float32"))
+    if op != "wkv4" or head_dim == 64  # It has no heads; 64 is the block that its channels are cut into.
+]
+
+
+def main() -> None:
+    """Compiles the cases, prints a line for each kernel, and writes them as JSON if asked."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument(
+        "--only", nargs="*", choices=[*OPS, *hardware.TARGETS], default=[], help="ops and targets; all if none"
+    )
+    parser.add_argument("--worker", nargs=5, metavar=("OP", "TARGET", "HEAD", "DTYPE", "DUMP"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if reason := hardware.why_not():
+        parser.error(reason)
+    if arguments.worker:
+        op, target, head_dim, dtype, dump = arguments.worker
+        compile_case(Case(op, target, int(head_dim), dtype), dump)
+        return
+    rows = []
+    print(f"{'kernel':16s} {'target':7s} {'head':>5s} {'dtype':9s} {'registers':>9s} {'spilled bytes':>13s}")
+    for case in CASES:
+        if all(
+            not {*names} & {*arguments.only} or value in arguments.only
+            for names, value in ((OPS, case.op), (hardware.TARGETS, case.target))
+        ):
+            for row in report(case):
+                rows.append(row)
+                registers, spilled = row.get("registers", "-"), row.get("spilled_bytes", "-")
+                print(
+                    f"{row['kernel']:16s} {case.target:7s} {case.head_dim:5d} {case.dtype:9s} {registers:>9} {spilled:>13}",
+                    flush=True,
+                )
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def report(case: Case) -> list[dict[str, Any]]:
+    """Compiles a case in a process of its own and returns a row a kernel.
+
+    Raises:
+        RuntimeError: It does not compile; the message is the compiler's.
+    """
+    with tempfile.TemporaryDirectory() as dump:
+        command = [sys.executable, "-m", __spec__.name, "--worker", *map(str, case), dump]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{case} does not compile:\n{done.stderr[-3000:]}")
+        if case.target in hardware.TPUS:
+            return [{"kernel": f"{case.op}_{direction}", **case._asdict()} for direction in ("forward", "backward")]
+        found = [row for file in sorted(Path(dump).glob("*.ptx")) if (row := _assemble(file)) is not None]
+    return [{"kernel": kernel, **case._asdict(), **figures} for kernel, figures in sorted(found, reverse=True)]
+
+
+def compile_case(case: Case, dump: str) -> None:
+    """Compiles the gradient of an op, which holds both of its kernels, at (B 8, T 4096, D 4096)."""
+    import os
+
+    hardware.prepare()
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={dump}"
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from . import WKV4State, wkv4, wkv6, wkv7
+
+    mesh = jax.sharding.Mesh(np.array(hardware.devices(case.target)), ("x",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    def array(*shape: int, dtype: Any = "float32") -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    batch_size, num_tokens, heads, size = 8, 4096, 4096 // case.head_dim, case.head_dim
+    token, wide = (array(batch_size, num_tokens, heads, size, dtype=dtype) for dtype in (case.dtype, "float32"))
+    matrix = array(batch_size, heads, size, size)
+    if case.op == "wkv4":
+        flat, row = array(batch_size, num_tokens, heads * size, dtype=case.dtype), array(batch_size, heads * size)
+        run, inputs = wkv4, (flat, flat, array(heads * size), array(heads * size), WKV4State(row, row, row))
+    elif case.op == "wkv6":
+        run, inputs = wkv6, (token, token, token, wide, array(heads, size), matrix)
+    else:
+        run, inputs = wkv7, (token, wide, token, token, token, token, matrix)
+
+    def total(inputs: Any, reset: Any) -> Any:
+        y, state = run(*inputs, reset=reset)
+        return y.astype(jnp.float32).sum() + sum(x.sum() for x in jax.tree.leaves(state))
+
+    with jax.sharding.use_abstract_mesh(hardware.abstract(case.target, mesh)):
+        jax.jit(jax.grad(total)).lower(inputs, array(batch_size, num_tokens, dtype="bool")).compile()
+
+
+def _assemble(file: Path) -> tuple[str, dict[str, int]] | None:
+    """A WKV kernel's name and what ptxas says of it; None for XLA's own kernels."""
+    import nvidia.cuda_nvcc  # pyright: ignore[reportMissingImports]
+
+    text = file.read_text()
+    name, arch = re.search(r"\.entry (wkv\w+)", text), re.search(r"\.target (\w+)", text)
+    if name is None or arch is None:
+        return None
+    ptxas = Path(nvidia.cuda_nvcc.__path__[0]) / "bin/ptxas"
+    said = subprocess.run(
+        [ptxas, "-v", f"-arch={arch[1]}", file, "-o", "/dev/null"], capture_output=True, text=True, check=True
+    ).stderr
+    registers, spilled = re.search(r"Used (\d+) registers", said), re.search(r"(\d+) bytes spill stores", said)
+    if registers is None or spilled is None:
+        raise RuntimeError(f"ptxas did not say what {name[1]} takes:\n{said}")
+    return name[1], {"registers": int(registers[1]), "spilled_bytes": int(spilled[1])}
+
+
+if __name__ == "__main__":
+    main()
