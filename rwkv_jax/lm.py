@@ -72,7 +72,7 @@ def forward(
         length: How many tokens of each row count, 0 to T; those after leave the state untouched and their logits
             unspecified. None: all T.
         backend: Of the WKV operator: "scan" (one lax.scan over time, differentiable in any mode), "parallel" (over time,
-            reverse-mode), or None for the best here.
+            reverse-mode), a kernel ("pallas_gpu", "pallas_tpu", reverse-mode), or None for the best here.
         positions: "last" gives the logits of the last token that counts only, [B, 1, A], and computes no others.
 
     Returns:

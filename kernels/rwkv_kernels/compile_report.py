@@ -5,6 +5,7 @@ environment is that of `hardware.py`. Every case compiles in a process of its ow
 """
 
 import argparse
+import importlib.util
 import itertools
 import json
 import re
@@ -125,13 +126,14 @@ def compile_case(case: Case, dump: str) -> None:
 
 def _assemble(file: Path) -> tuple[str, dict[str, int]] | None:
     """A WKV kernel's name and what ptxas says of it; None for XLA's own kernels."""
-    import nvidia.cuda_nvcc  # pyright: ignore[reportMissingImports]
-
     text = file.read_text()
     name, arch = re.search(r"\.entry (wkv\w+)", text), re.search(r"\.target (\w+)", text)
     if name is None or arch is None:
         return None
-    ptxas = Path(nvidia.cuda_nvcc.__path__[0]) / "bin/ptxas"
+    package = importlib.util.find_spec("nvidia.cuda_nvcc")
+    if package is None or not package.submodule_search_locations:
+        raise RuntimeError(f"ptxas is not here: {hardware.ENVIRONMENT}")
+    ptxas = Path(package.submodule_search_locations[0]) / "bin/ptxas"
     said = subprocess.run(
         [ptxas, "-v", f"-arch={arch[1]}", file, "-o", "/dev/null"], capture_output=True, text=True, check=True
     ).stderr

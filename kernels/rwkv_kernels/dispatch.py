@@ -19,28 +19,32 @@ class Call(NamedTuple):
     """Compute capability of an NVIDIA GPU; None where it is not known."""
     head_dim: int = 0
     """Channels of the largest head; 0 where the op has none, or for any."""
+    num_tokens: int | None = None
+    """A row; None for any."""
 
 
 class Backend(NamedTuple):
     """One way to run an op.
 
-    `why_not(call)` returns why it cannot do that, or None where it can. A backend that is `by_name` is never chosen unless named.
+    `why_not(call)` returns why it cannot do that, or None where it can. A backend that is `by_name`, or is given fewer than its
+    `least_tokens`, is not chosen unless named.
     """
 
     run: Callable[..., Any]
     why_not: Callable[[Call], str | None]
     by_name: bool = False
+    least_tokens: int = 1
 
 
-def here(head_dim: int = 0) -> Call:
+def here(head_dim: int = 0, num_tokens: int | None = None) -> Call:
     """Returns a call on the device in use: that of the abstract mesh that is set (to compile for it), else JAX's default device."""
     abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     if abstract is not None:
-        return Call(_platform(abstract), None, head_dim)
+        return Call(_platform(abstract), None, head_dim, num_tokens)
     default: Any = getattr(jax.config, "jax_default_device", None) or jax.default_backend()
     device: Any = jax.devices(default)[0] if isinstance(default, str) else default
     nvidia = "cuda" in device.client.platform_version
-    return Call(_platform(device), float(device.compute_capability) if nvidia else None, head_dim)
+    return Call(_platform(device), float(device.compute_capability) if nvidia else None, head_dim, num_tokens)
 
 
 def _platform(device: Any) -> str:
@@ -94,7 +98,8 @@ def choose(op: str, backends: Mapping[str, Backend], requested: str | None, call
         return backends[requested]
     if requested is None:
         for backend in backends.values():
-            if not backend.by_name and not backend.why_not(call):
+            enough = call.num_tokens is None or call.num_tokens >= backend.least_tokens
+            if enough and not backend.by_name and not backend.why_not(call):
                 return backend
     problem = "no backend runs here" if requested is None else f"backend={requested!r} cannot be used"
     raise ValueError(f"{op}: {problem}; choose one of these, or None for the best:\n{explain(op, backends, call)}")
@@ -104,6 +109,10 @@ def explain(op: str, backends: Mapping[str, Backend], call: Call) -> str:
     """Returns one line a backend, in order of preference: whether it can do the call, or why it cannot."""
     lines = [f"{op} on {call.platform}, in order of preference:"]
     for name, backend in backends.items():
-        can = "runs here, if named" if backend.by_name else "runs here"
+        can = "runs here"
+        if backend.by_name:
+            can += ", if named"
+        elif backend.least_tokens > 1:
+            can += f"; for fewer than {backend.least_tokens} tokens the next one is chosen"
         lines.append(f"  {name}: {backend.why_not(call) or can}")
     return "\n".join(lines)

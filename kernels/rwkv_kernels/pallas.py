@@ -6,6 +6,9 @@ from typing import Any
 
 from . import dispatch
 
+LEAST_TOKENS = 16
+"""A chunk: a shorter row, such as a step of generation, is padded to it."""
+
 
 def kernel_backends(kernel: Callable[..., Any]) -> tuple[dict[str, dispatch.Backend], dict[str, dispatch.Backend]]:
     """Returns an op's kernels by name: those that are compiled, in order of preference, and the same interpreted, on any device.
@@ -25,8 +28,8 @@ def kernel_backends(kernel: Callable[..., Any]) -> tuple[dict[str, dispatch.Back
         return kernel(partial(run, interpret=interpret), *arguments)
 
     return {
-        "pallas_gpu": dispatch.Backend(gpu, dispatch.triton_gpu),
-        "pallas_tpu": dispatch.Backend(tpu, dispatch.tpu),
+        "pallas_gpu": dispatch.Backend(gpu, dispatch.triton_gpu, least_tokens=LEAST_TOKENS),
+        "pallas_tpu": dispatch.Backend(tpu, dispatch.tpu, least_tokens=LEAST_TOKENS),
     }, {
         "pallas_gpu_interpreted": dispatch.Backend(
             partial(gpu, interpret=True), partial(dispatch.heads_fit, "gpu"), by_name=True

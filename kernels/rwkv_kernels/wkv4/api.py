@@ -51,7 +51,7 @@ def wkv4(
         state: What came before; None is the empty state.
         reset: True where a token starts a new sequence: it sees nothing of what came before it.
         length: Tokens of each row that count, 0 to T; those after leave the state untouched and give 0. None is T.
-        backend: "parallel", "scan", or None for the best on this platform.
+        backend: A name that `explain_wkv4` lists, such as "pallas_gpu", "parallel" or "scan"; None is the best on the device in use.
 
     Returns:
         y in v's dtype, and the state, through which gradients flow too.
@@ -69,7 +69,7 @@ def wkv4(
     if length is not None:  # Padding may hold anything, and 0 * inf would reach gradients.
         valid = jnp.arange(num_tokens)[:, None] < length[:, None, None]
         k, v = jnp.where(valid, k, 0), jnp.where(valid, v, 0)
-    run = dispatch.choose("wkv4", BACKENDS, backend, dispatch.here()).run
+    run = dispatch.choose("wkv4", BACKENDS, backend, dispatch.here(num_tokens=num_tokens)).run
     w, u, state = jax.tree.map(lambda x: x.astype(dtype), (w, u, state))
     y, new = run(k, v, w, u, state, reset, length)
     return y.astype(v.dtype), new

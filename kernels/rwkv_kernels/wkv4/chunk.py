@@ -59,7 +59,6 @@ def chunk(tokens, shared, state, marks):
         if marks is not None:
             starts = (marks[t] & _STARTS) != 0
             pp, peak = (jnp.where(starts, EMPTY, x) for x in (pp, peak))
-            decays = jnp.where(starts, 0, decays)
         y = _read(aa, bb, lax.stop_gradient(pp), u + k, v)
         decayed = lax.stop_gradient(peak + (decays + 1) * w) + _zero(w)
         keep, add, _ = _weights(decayed, k)

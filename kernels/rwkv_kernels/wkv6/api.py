@@ -53,7 +53,7 @@ def wkv6(
         state: What came before, [key, value] in each head; None is zeros.
         reset: True where a token starts a new sequence: it sees nothing of what came before it.
         length: Tokens of each row that count, 0 to T; those after leave the state untouched and give 0. None is T.
-        backend: "parallel", "scan", or None for the best on this platform.
+        backend: A name that `explain_wkv6` lists, such as "pallas_gpu", "parallel" or "scan"; None is the best on the device in use.
 
     Returns:
         y in v's dtype, and the state, through which gradients flow too.
@@ -73,7 +73,7 @@ def wkv6(
         valid = (jnp.arange(num_tokens) < length[:, None])[..., None, None]
         r, k, v = (jnp.where(valid, x, 0) for x in (r, k, v))
         w = w if w.ndim == 2 else jnp.where(valid, w, 0)
-    run = dispatch.choose("wkv6", BACKENDS, backend, dispatch.here(max(key_dim, v.shape[-1]))).run
+    run = dispatch.choose("wkv6", BACKENDS, backend, dispatch.here(max(key_dim, v.shape[-1]), num_tokens)).run
     y, new = run(r, k, v, w, u.astype(dtype), state.astype(dtype), reset, length)
     return y.astype(v.dtype), new
 

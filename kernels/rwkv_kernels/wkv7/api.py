@@ -56,7 +56,7 @@ def wkv7(
         state: What came before, [value, key]; None is the empty state.
         reset: True where a token starts a new sequence: it sees nothing of what came before it.
         length: Tokens of each row that count, 0 to T; those after leave the state untouched and give 0. None is T.
-        backend: "parallel", "scan", or None for the best on this platform.
+        backend: A name that `explain_wkv7` lists, such as "pallas_gpu", "parallel" or "scan"; None is the best on the device in use.
 
     Returns:
         y in v's dtype, and the state, through which gradients flow too.
@@ -76,7 +76,7 @@ def wkv7(
         valid = jnp.arange(num_tokens) < length[:, None]
         tokens = tuple(jnp.where(valid[..., None, None], x, 0) for x in tokens)
         reset = None if reset is None else reset & valid
-    run = dispatch.choose("wkv7", BACKENDS, backend, dispatch.here(max(key_dim, v.shape[-1]))).run
+    run = dispatch.choose("wkv7", BACKENDS, backend, dispatch.here(max(key_dim, v.shape[-1]), num_tokens)).run
     y, new = run(*tokens, state.astype(dtype), reset, length)
     return y.astype(v.dtype), new
 

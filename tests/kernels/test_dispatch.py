@@ -1,0 +1,67 @@
+"""Which backend is chosen where, and what is said of the others."""
+
+import jax
+import numpy as np
+import pytest
+from rwkv_kernels import dispatch, explain_wkv7
+from rwkv_kernels.dispatch import Call
+from rwkv_kernels.wkv7.api import BACKENDS
+
+
+def chosen(call):
+    return next(name for name, backend in BACKENDS.items() if backend is dispatch.choose("wkv7", BACKENDS, None, call))
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (Call("cpu"), "parallel"),
+        (Call("gpu", 9.0, 64, 4096), "pallas_gpu"),
+        (Call("gpu", 8.0, 128, 16), "pallas_gpu"),
+        (Call("gpu", 9.0, 64, 1), "parallel"),
+        (Call("gpu", 7.5, 64, 4096), "parallel"),
+        (Call("gpu", 9.0, 256, 4096), "parallel"),
+        (Call("tpu", None, 256, 4096), "pallas_tpu"),
+        (Call("tpu", None, 64, 15), "parallel"),
+    ],
+)
+def test_the_best_backend_is_chosen(call, name):
+    assert chosen(call) == name
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "reason"),
+    [
+        ("pallas_gpu", Call("cpu"), "pallas_gpu: needs a GPU, and the device in use is a cpu"),
+        ("pallas_gpu", Call("gpu", 7.5), "this one has 7.5"),
+        ("pallas_gpu", Call("gpu", 8.0, 192), "a head has 192 channels; this kernel holds at most 128"),
+        ("pallas_tpu", Call("gpu", 8.0), "pallas_tpu: needs a TPU, and the device in use is a gpu"),
+        ("pallas_tpu_interpreted", Call("cpu", None, 512), "512 channels"),
+    ],
+)
+def test_a_backend_that_cannot_is_refused_with_every_reason(name, call, reason):
+    with pytest.raises(ValueError, match="cannot be used") as error:
+        dispatch.choose("wkv7", BACKENDS, name, call)
+    assert reason in str(error.value)
+    assert all(other in str(error.value) for other in BACKENDS)
+
+
+def test_a_named_kernel_takes_a_single_token():
+    assert dispatch.choose("wkv7", BACKENDS, "pallas_gpu", Call("gpu", 8.0, 64, 1)) is BACKENDS["pallas_gpu"]
+
+
+@pytest.mark.parametrize(("platform", "expected"), [("cuda", "gpu"), ("tpu", "tpu")])
+def test_what_is_compiled_for_counts_and_not_what_is_here(platform, expected):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("x",))
+    device = jax.sharding.AbstractDevice("some device", 1, platform)
+    abstract = jax.sharding.AbstractMesh((1,), ("x",), axis_types=mesh.axis_types, abstract_device=device)
+    assert dispatch.here().platform == "cpu"
+    with jax.sharding.use_abstract_mesh(abstract):
+        assert dispatch.here(64, 32) == Call(expected, None, 64, 32)
+
+
+def test_explain_says_what_runs_and_why_the_rest_does_not():
+    said = explain_wkv7("gpu")
+    assert "pallas_gpu: runs here; for fewer than 16 tokens the next one is chosen" in said
+    assert "pallas_tpu: needs a TPU" in said
+    assert "pallas_gpu_interpreted: runs here, if named" in said
