@@ -1,5 +1,8 @@
 """Every kernel compiles, forward and backward, for A100, H200 and TPU v5e, none of which is here."""
 
+import subprocess
+import sys
+
 import pytest
 from rwkv_kernels import compile_report, hardware
 
@@ -16,3 +19,38 @@ def test_both_kernels_of_an_op_compile(case):
     assert [row["kernel"] for row in rows] == [f"{case.op}_forward", f"{case.op}_backward"]
     if case.target in hardware.GPUS and case.head_dim == 64:
         assert all(row["spilled_bytes"] <= SPILLS[case.op] for row in rows)
+
+
+SHARDED = """
+import re, sys
+from rwkv_kernels import hardware
+hardware.prepare()
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from rwkv_kernels import wkv7
+
+target = sys.argv[1]
+devices = hardware.devices(target, 8 if target in hardware.GPUS else 4)
+mesh = jax.sharding.Mesh(np.array(devices).reshape(-1, 2), ("b", "h"))
+token, matrix = P("b", None, "h"), P("b", "h")
+place = lambda shape, spec, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+tokens = tuple(place((8, 1024, 16, 64), token, jnp.float32 if i == 1 else jnp.bfloat16) for i in range(6))
+abstract = hardware.abstract(target, mesh)
+op = jax.shard_map(wkv7, mesh=abstract, in_specs=(*[token] * 6, matrix), out_specs=(token, matrix), check_vma=False)
+loss = lambda *x: op(*x)[0].astype(jnp.float32).sum()
+with jax.sharding.use_abstract_mesh(abstract):
+    gradient = jax.jit(jax.grad(loss, argnums=tuple(range(7))))
+    text = gradient.lower(*tokens, place((8, 16, 64, 64), matrix, jnp.float32)).compile().as_text()
+assert "wkv7_backward" in text, "the kernel is not in the program"
+found = set(re.findall(r"= \\S+ (all-\\w+|reduce-scatter|collective-\\w+)", text))
+assert not found, found
+"""
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("target", ["h200", "v5e"])
+def test_kernels_on_parts_of_a_mesh_need_no_collectives(target):
+    if reason := hardware.why_not():
+        pytest.skip(reason)
+    done = subprocess.run([sys.executable, "-c", SHARDED, target], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
