@@ -21,6 +21,8 @@ class Call(NamedTuple):
     """Channels of the largest head; 0 where the op has none, or for any."""
     num_tokens: int | None = None
     """A row; None for any."""
+    dtype: str | None = None
+    """Of the tokens; None for any."""
 
 
 class Backend(NamedTuple):
@@ -36,15 +38,15 @@ class Backend(NamedTuple):
     least_tokens: int = 1
 
 
-def here(head_dim: int = 0, num_tokens: int | None = None) -> Call:
+def here(head_dim: int = 0, num_tokens: int | None = None, dtype: str | None = None) -> Call:
     """Returns a call on the device in use: that of the abstract mesh that is set (to compile for it), else JAX's default device."""
     abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     if abstract is not None:
-        return Call(_platform(abstract), None, head_dim, num_tokens)
+        return Call(_platform(abstract), None, head_dim, num_tokens, dtype)
     default: Any = getattr(jax.config, "jax_default_device", None) or jax.default_backend()
     device: Any = jax.devices(default)[0] if isinstance(default, str) else default
     nvidia = "cuda" in device.client.platform_version
-    return Call(_platform(device), float(device.compute_capability) if nvidia else None, head_dim, num_tokens)
+    return Call(_platform(device), float(device.compute_capability) if nvidia else None, head_dim, num_tokens, dtype)
 
 
 def _platform(device: Any) -> str:
@@ -76,6 +78,8 @@ def tpu(call: Call) -> str | None:
     """The `why_not` of Pallas kernels for TPUs."""
     if call.platform != "tpu":
         return f"needs a TPU, and the device in use is a {call.platform}"
+    if call.dtype in ("float16", "float64"):
+        return f"holds tokens in bfloat16 or float32, and these are {call.dtype}"
     return _cannot_import("jax.experimental.pallas.tpu") or heads_fit("tpu", call)
 
 

@@ -23,6 +23,8 @@ def chosen(call):
         (Call("gpu", 9.0, 256, 4096), "parallel"),
         (Call("tpu", None, 256, 4096), "pallas_tpu"),
         (Call("tpu", None, 64, 15), "parallel"),
+        (Call("tpu", None, 64, 4096, "float16"), "parallel"),
+        (Call("tpu", None, 64, 4096, "bfloat16"), "pallas_tpu"),
     ],
 )
 def test_the_best_backend_is_chosen(call, name):
@@ -36,6 +38,7 @@ def test_the_best_backend_is_chosen(call, name):
         ("pallas_gpu", Call("gpu", 7.5), "this one has 7.5"),
         ("pallas_gpu", Call("gpu", 8.0, 192), "a head has 192 channels; this kernel holds at most 128"),
         ("pallas_tpu", Call("gpu", 8.0), "pallas_tpu: needs a TPU, and the device in use is a gpu"),
+        ("pallas_tpu", Call("tpu", None, 64, 64, "float64"), "bfloat16 or float32, and these are float64"),
         ("pallas_tpu_interpreted", Call("cpu", None, 512), "512 channels"),
     ],
 )

@@ -218,3 +218,14 @@ def test_bad_input_is_refused_with_value_and_rule(unchecked, change, message):
 
 def test_explain_lists_every_backend():
     assert all(name in explain_wkv4("cpu") for name in BACKENDS)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_infinite_decays_and_an_empty_scale_of_minus_infinity_equal_the_scan(backend):
+    inputs = cases.make(cases.Case(num_tokens=20, carried=False))
+    k, v, w, u = (jnp.asarray(x, jnp.float32) for x in (inputs.k, inputs.v, inputs.w, inputs.u))
+    zeros = jnp.zeros((2, 16))
+    arguments = k, v, w.at[3].set(-jnp.inf), u, WKV4State(zeros, zeros, jnp.full_like(zeros, -jnp.inf))
+    actual, expected = (wkv4(*arguments, backend=name) for name in (backend, "scan"))
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-6)

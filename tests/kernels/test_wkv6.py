@@ -281,3 +281,14 @@ def test_bad_input_is_refused_with_value_and_rule(unchecked, change, message):
 
 def test_explain_lists_every_backend():
     assert all(name in explain_wkv6("cpu") for name in BACKENDS)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_one_decay_for_all_tokens_may_be_given_in_low_precision(backend):
+    inputs = as_float32(cases.make(cases.Case(num_tokens=32, constant=True)))
+    low = [x.astype(jnp.bfloat16) for x in inputs]
+    loss = lambda backend: lambda *x: jnp.sum(jnp.sin(wkv6(*x, backend=backend)[0].astype(jnp.float32)))
+    actual, expected = (jax.value_and_grad(loss(name), argnums=range(5))(*low) for name in (backend, "scan"))
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == e.dtype
+        assert numerics.relative_error(a, e) <= 2**-7

@@ -20,6 +20,8 @@ from .reference import EMPTY, WKV4State
 
 BLOCK = 64
 """Channels in a block."""
+_LEAST = -1e30
+"""What w is held above; exp of it is 0."""
 _STARTS, _COUNTS = 1, 2
 """Bits of a token's mark: it starts a sequence; it lies before its row's length."""
 
@@ -40,6 +42,8 @@ def kernel(run: Run, k, v, w, u, state: WKV4State, reset, length) -> tuple[Array
 
     tokens = tuple(blocks(pad_tokens(x, RECURRENCE.num_tokens)) for x in (k, v))
 
+    # Infinite exponents would take part in differences.
+    w, state = jnp.maximum(w, _LEAST), state._replace(pp=jnp.maximum(state.pp, EMPTY))
     aa, bb, pp = (blocks(x)[:, :, None] for x in state)
     start = aa * jnp.exp(_zero(pp)), bb * jnp.exp(_zero(pp)), pp
     y, (aa, bb, pp) = run(RECURRENCE, Problem(tokens, (blocks(w)[:, None], blocks(u)[:, None]), start, marks))

@@ -73,7 +73,9 @@ def wkv6(
         valid = (jnp.arange(num_tokens) < length[:, None])[..., None, None]
         r, k, v = (jnp.where(valid, x, 0) for x in (r, k, v))
         w = w if w.ndim == 2 else jnp.where(valid, w, 0)
-    run = dispatch.choose("wkv6", BACKENDS, backend, dispatch.here(max(key_dim, v.shape[-1]), num_tokens)).run
+    run = dispatch.choose(
+        "wkv6", BACKENDS, backend, dispatch.here(max(key_dim, v.shape[-1]), num_tokens, r.dtype.name)
+    ).run
     y, new = run(r, k, v, w, u.astype(dtype), state.astype(dtype), reset, length)
     return y.astype(v.dtype), new
 

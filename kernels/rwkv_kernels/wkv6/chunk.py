@@ -14,6 +14,7 @@ from .parallel import LEAST_LOG_DECAY
 def kernel(run: Run, r, k, v, w, u, state, reset, length) -> tuple[Array, Array]:
     """Computes WKV through `run`; arguments and result as in `wkv6`, tokens in their own dtype."""
     size = RECURRENCE.num_tokens
+    w = w.astype(state.dtype) if w.ndim == 2 else w
     num_tokens, key_dim, value_dim = k.shape[1], k.shape[3], v.shape[3]
     if w.ndim == 2 and (length is not None or num_tokens % size):  # Past its length a row does not decay.
         w = jnp.broadcast_to(w, k.shape)
@@ -39,10 +40,8 @@ def chunk(tokens, shared, state, marks):
     size = v.shape[0]
     row, column = among = grid(size)
     # A token that is not finite would reach all others in the products. It takes no part in them, and is put back in the end.
-    largest = jnp.abs(v).max(1, keepdims=True)
-    for piece in (*r, *k):
-        largest = jnp.maximum(largest, jnp.abs(piece).max(1, keepdims=True))
-    sound = largest < jnp.inf
+    # They are counted, since a GPU's maximum drops NaN.
+    sound = sum(jnp.where(jnp.abs(x) < jnp.inf, 0, 1).sum(1, keepdims=True) for x in (v, *r, *k)) == 0
     r, k = (tuple(jnp.where(sound, piece, 0) for piece in x) for x in (r, k))
     v = jnp.where(sound, v, 0)
     w = (
@@ -50,7 +49,7 @@ def chunk(tokens, shared, state, marks):
         if len(tokens) == 4
         else tuple(jnp.broadcast_to(x, y.shape) for x, y in zip(shared[1], k, strict=True))
     )
-    w = tuple(jnp.maximum(piece, LEAST_LOG_DECAY) for piece in w)
+    w = tuple(jnp.where(piece < LEAST_LOG_DECAY, LEAST_LOG_DECAY, piece) for piece in w)
     seen, to_end, sequence, end = column <= row, sound == sound, None, None
     if marks is not None:  # A reset cuts the pairs that it lies between.
         sequence, sequence_row = marks

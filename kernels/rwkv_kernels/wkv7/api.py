@@ -47,8 +47,8 @@ def wkv7(
 
     Args:
         r: Receptance, in any floating dtype.
-        w: Log-decay a step and key channel, < 0. "parallel" divides by the decay of a whole chunk (see its LONGEST_CHUNK): that is
-            safe in RWKV-7's range, -0.6066 to 0, but overflows where a chunk's sum is below -80 ("scan" takes any).
+        w: Log-decay a step and key channel, < 0. All but "scan" divide by the decay of a whole chunk of 16: that is
+            safe in RWKV-7's range, -0.6066 to 0, but gradients lose digits below -4 a step, and from -5.5 on it overflows to NaN.
         k: Keys, in r's dtype.
         v: Values, in r's dtype.
         a: Which direction of the state a token removes (RWKV-7: minus the normalised key), in r's dtype.
@@ -76,7 +76,9 @@ def wkv7(
         valid = jnp.arange(num_tokens) < length[:, None]
         tokens = tuple(jnp.where(valid[..., None, None], x, 0) for x in tokens)
         reset = None if reset is None else reset & valid
-    run = dispatch.choose("wkv7", BACKENDS, backend, dispatch.here(max(key_dim, v.shape[-1]), num_tokens)).run
+    run = dispatch.choose(
+        "wkv7", BACKENDS, backend, dispatch.here(max(key_dim, v.shape[-1]), num_tokens, r.dtype.name)
+    ).run
     y, new = run(*tokens, state.astype(dtype), reset, length)
     return y.astype(v.dtype), new
 

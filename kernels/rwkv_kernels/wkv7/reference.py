@@ -5,6 +5,8 @@ It is a plain `lax.scan`, differentiated by autodiff in any mode, and is kept si
 Source: BlinkDL/RWKV-LM, RWKV-v7/rwkv_v7_demo.py (RWKV7_OP); the decay is the log-decay w < 0 here.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -23,12 +25,14 @@ def scan(
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H V K"]]:
     """Computes WKV by one `lax.scan` over time; arguments and result as in `wkv7`, in the state's dtype."""
 
+    einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)  # Whatever a device multiplies in by default.
+
     def step(state, inputs):
         r, w, k, v, a, b, reset, valid = inputs
         past = jnp.where(reset[:, None, None, None], 0, state)
-        removed = jnp.einsum("bhvk,bhk->bhv", past, a)
+        removed = einsum("bhvk,bhk->bhv", past, a)
         new = past * jnp.exp(w)[:, :, None] + removed[..., None] * b[:, :, None] + v[..., None] * k[:, :, None]
-        y = jnp.einsum("bhvk,bhk->bhv", new, r)
+        y = einsum("bhvk,bhk->bhv", new, r)
         return jnp.where(valid[:, None, None, None], new, state), jnp.where(valid[:, None, None], y, 0)
 
     r, w, k, v, a, b = (x.astype(state.dtype) for x in (r, w, k, v, a, b))
