@@ -43,7 +43,8 @@ def kernel(run: Run, k, v, w, u, state: WKV4State, reset, length) -> tuple[Array
     tokens = tuple(blocks(pad_tokens(x, RECURRENCE.num_tokens)) for x in (k, v))
 
     # Infinite exponents would take part in differences.
-    w, state = jnp.maximum(w, _LEAST), state._replace(pp=jnp.maximum(state.pp, EMPTY))
+    w = jnp.where(w < _LEAST, _LEAST, w)
+    state = state._replace(pp=jnp.where(state.pp < EMPTY, EMPTY, state.pp))
     aa, bb, pp = (blocks(x)[:, :, None] for x in state)
     start = aa * jnp.exp(_zero(pp)), bb * jnp.exp(_zero(pp)), pp
     y, (aa, bb, pp) = run(RECURRENCE, Problem(tokens, (blocks(w)[:, None], blocks(u)[:, None]), start, marks))
