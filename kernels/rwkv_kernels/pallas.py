@@ -7,7 +7,7 @@ from typing import Any
 from . import dispatch
 
 LEAST_TOKENS = 16
-"""A chunk: a shorter row, such as a step of generation, is padded to it."""
+"""Fewer, such as a step of generation, do not pay: a row is padded to whole chunks, of 8 (wkv4) or 16."""
 
 
 def kernel_backends(kernel: Callable[..., Any]) -> tuple[dict[str, dispatch.Backend], dict[str, dispatch.Backend]]:

@@ -99,7 +99,10 @@ class _Kernels:
                 carry[...] = ref[...] = self.bare(leaf)
 
         entries = [jax.ShapeDtypeStruct((*s.shape[:2], self.num_chunks, *s.shape[2:]), s.dtype) for s in self.state]
-        order = lambda n: n  # noqa: E731
+
+        def order(n):
+            return n
+
         inputs = [
             *self.of_tokens(self.tokens, order), *self.of_heads(self.shared), *self.of_rows(self.state), *self.of_marks(order),
         ]  # fmt: skip
@@ -150,7 +153,10 @@ class _Kernels:
 
         batch_size, num_heads, blocks = self.grid
         sums = [jax.ShapeDtypeStruct((batch_size, num_heads, *x.shape[1:]), x.dtype) for x in self.shared]
-        order = lambda n: blocks - 1 - n  # noqa: E731
+
+        def order(n):
+            return blocks - 1 - n
+
         inputs = [
             *self.of_tokens(self.tokens, order), *self.of_heads(self.shared), *self.of_marks(order), *self.of_chunks(entries, order),
             *self.of_tokens([gy], order), *self.of_rows(gfinal),
@@ -186,8 +192,10 @@ class _Kernels:
 
     def of_chunks(self, arrays, order):
         """Arrays [B, H, N, R, X], a state a chunk."""
-        index = lambda b, h, n: (b, h, order(n), 0, 0)  # noqa: E731
-        return [(x, pl.BlockSpec((None, None, self.size, *x.shape[3:]), index)) for x in arrays]
+        return [
+            (x, pl.BlockSpec((None, None, self.size, *x.shape[3:]), lambda b, h, n: (b, h, order(n), 0, 0)))
+            for x in arrays
+        ]
 
     def of_heads(self, arrays):
         """Arrays [H, 1, X], the same for all rows of the batch."""

@@ -4,14 +4,14 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub as hub
 import pytest
 from checkpoint_files import assert_same_bits, random_params
+from huggingface_hub import constants
 
 import rwkv_jax
 from rwkv_jax.convert.hub import at_commit, commit_of, locate
 
-hub = pytest.importorskip("huggingface_hub", reason="hf:// needs the package huggingface_hub")
-constants = pytest.importorskip("huggingface_hub.constants", reason="hf:// needs the package huggingface_hub")
 CONFIG = rwkv_jax.RWKV4Config(vocab_size=17, num_layers=2, embed_dim=6)
 
 

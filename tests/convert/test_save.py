@@ -1,9 +1,11 @@
 """What is saved is loaded bit for bit, whole or not at all."""
 
 import dataclasses
+import importlib
 import json
 import shutil
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +43,8 @@ def test_safetensors_give_back_every_bit_and_the_config(file, name, dtype, tmp_p
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", SMALL)
 def test_pth_gives_back_every_bit_and_torch_reads_it(name, dtype, tmp_path):
-    torch = pytest.importorskip("torch", reason="needs the package torch")
+    needs("torch")
+    torch: Any = importlib.import_module("torch")
     config, params = with_eps(SMALL[name], 3e-5), random_params(SMALL[name], jnp.dtype(dtype))
     rwkv_jax.save(tmp_path / "m.pth", params, config)
     loaded, loaded_config = rwkv_jax.load(tmp_path / "m.pth", ln_x_eps=3e-5)

@@ -6,8 +6,8 @@ import sys
 import pytest
 from rwkv_kernels import compile_report, hardware
 
-SPILLS = {"wkv4": 0, "wkv6": 1000, "wkv7": 1000}
-"""Bytes a thread may spill with heads of 64: none where tokens are single numbers; see the table in kernels/README.md."""
+SPILLS = {"wkv4": 0, "wkv6": 256, "wkv7": 256}
+"""Bytes a thread may spill with heads of 64. None is the goal, and wkv4 reaches it; kernels/README.md has what the others spill."""
 
 
 @pytest.mark.aot
