@@ -1,7 +1,9 @@
 """Which backends of an op the tests run on the device in use."""
 
+import jax
+import jax.numpy as jnp
 import pytest
-from rwkv_kernels import dispatch
+from rwkv_kernels import dispatch, numerics
 
 
 def on_this_device(backends):
@@ -20,24 +22,37 @@ def interpreted(backends):
 
 
 def each_case(backends, cases, quick=None):
-    """Every case for every backend beside the oracle; slow ones are those not in `quick`, and for an interpreter most."""
-    return [
-        pytest.param(
-            case,
-            backend,
-            marks=() if case in (quick or cases) and (backend not in slow or case in FEW) else pytest.mark.slow,
-        )
-        for slow in [interpreted(backends)]
-        for backend in beside_the_oracle(backends)
-        for case in cases
-    ]
+    """(case, backend, dtypes) for every backend beside the oracle; slow are cases not in `quick`, and for an interpreter most."""
+    low = [jnp.float32, jnp.bfloat16]
+    params = []
+    for backend in beside_the_oracle(backends):
+        slowly = backend in interpreted(backends)
+        for case in cases:
+            fast = case in (quick or cases) and (not slowly or case in FEW)
+            for dtypes, is_fast in [([jnp.float64], fast), (low, False)] if slowly else [([jnp.float64, *low], fast)]:
+                name = f"{case}-{backend}-{'-'.join(jnp.dtype(dtype).name for dtype in dtypes)}"
+                params.append(pytest.param(case, backend, dtypes, marks=() if is_fast else pytest.mark.slow, id=name))
+    return params
 
 
 FEW = (
-    "one_token",
-    "ragged_end",
-    "strongest_decay",
-    "lengths_and_resets",
-    "values_of_another_width",
-    "more_keys_than_values",
-)
+    "one_token", "ragged_end", "strongest_decay", "lengths_and_resets", "values_of_another_width", "more_keys_than_values",
+)  # fmt: skip
+"""What an interpreter is given in the fast tests."""
+
+
+def hold_against_the_scan(run, inputs, backend, dtypes):
+    """Asserts that run(inputs, dtype, backend), outputs and gradients, is as near to the float64 scan as numerics.py asks.
+
+    The inputs are exact in bfloat16, so that every dtype solves the same problem.
+    """
+    exact = run(inputs, jnp.float64, "scan")
+    for dtype in dtypes:
+        oracle = run(inputs, jnp.bfloat16, "scan") if dtype == jnp.bfloat16 else exact
+        actual = run(inputs, dtype, backend)
+        paths = jax.tree_util.tree_leaves_with_path(actual)
+        for (path, a), e, o in zip(paths, jax.tree.leaves(exact), jax.tree.leaves(oracle), strict=True):
+            bound = 1e-12 if dtype == jnp.float64 else numerics.tolerance(dtype, numerics.relative_error(o, e))
+            error = numerics.relative_error(a, e)
+            where = f"{jnp.dtype(dtype).name} {jax.tree_util.keystr(path)}"
+            assert error <= bound, f"{where}: relative error {error:.2e}, allowed {bound:.2e}"

@@ -7,13 +7,13 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_backends import beside_the_oracle, each_case, interpreted, on_this_device
-from rwkv_kernels import explain_wkv7, numerics, wkv7
+from kernel_backends import beside_the_oracle, each_case, hold_against_the_scan, on_this_device
+from rwkv_kernels import explain_wkv7, wkv7
 from rwkv_kernels.wkv7 import cases
 from rwkv_kernels.wkv7.api import BACKENDS
 from rwkv_kernels.wkv7.parallel import LONGEST_CHUNK, chunk_length
 
-HERE, FAST, INTERPRETED = on_this_device(BACKENDS), beside_the_oracle(BACKENDS), interpreted(BACKENDS)
+HERE, FAST = on_this_device(BACKENDS), beside_the_oracle(BACKENDS)
 TOKENS = ("r", "w", "k", "v", "a", "b")
 
 
@@ -45,34 +45,16 @@ def bfloat16_exact(inputs):
 
 
 def check(case, backend, dtypes):
-    inputs = bfloat16_exact(cases.make(case))
-    exact = run(inputs, jnp.float64, "scan")
-    for dtype in dtypes:
-        oracle = run(inputs, jnp.bfloat16, "scan") if dtype == jnp.bfloat16 else exact
-        actual = run(inputs, dtype, backend)
-        paths = jax.tree_util.tree_leaves_with_path(actual)
-        for (path, a), e, o in zip(paths, jax.tree.leaves(exact), jax.tree.leaves(oracle), strict=True):
-            bound = 1e-12 if dtype == jnp.float64 else numerics.tolerance(dtype, numerics.relative_error(o, e))
-            error = numerics.relative_error(a, e)
-            where = f"{jnp.dtype(dtype).name} {jax.tree_util.keystr(path)}"
-            assert error <= bound, f"{where}: relative error {error:.2e}, allowed {bound:.2e}"
+    hold_against_the_scan(run, bfloat16_exact(cases.make(case)), backend, dtypes)
 
 
 def as_float32(inputs):
     return jax.tree.map(lambda x: jnp.asarray(x, None if x.dtype in (bool, np.int32) else jnp.float32), inputs)
 
 
-@pytest.mark.parametrize(("name", "backend"), each_case(BACKENDS, cases.CASES))
-def test_backend_equals_scan_in_outputs_and_all_gradients(name, backend, x64):
-    lower = () if backend in INTERPRETED else (jnp.float32, jnp.bfloat16)
-    check(cases.CASES[name], backend, [jnp.float64, *lower])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", INTERPRETED)
-@pytest.mark.parametrize("name", cases.CASES)
-def test_an_interpreted_kernel_equals_scan_in_lower_precision_too(name, backend, x64):
-    check(cases.CASES[name], backend, [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("name", "backend", "dtypes"), each_case(BACKENDS, cases.CASES))
+def test_backend_equals_scan_in_outputs_and_all_gradients(name, backend, dtypes, x64):
+    check(cases.CASES[name], backend, dtypes)
 
 
 @pytest.mark.slow
