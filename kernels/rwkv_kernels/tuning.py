@@ -30,8 +30,7 @@ _SIZES = {
     ("wkv6", 128): Sizes(Block(8, 16, 16), Block(8, 16, 128)),
     ("wkv7", 64): Sizes(Block(8, 64, 16), Block(8, 32, 64)),
     ("wkv7", 128): Sizes(Block(8, 16, 16), Block(8, 16, 128)),
-    ("wkv7_triton", 64): Sizes(Block(4, 64), Block(8, 64)),
-    ("wkv7_triton", 128): Sizes(Block(8, 64), Block(8, 32)),
+    ("wkv7_triton", 128): Sizes(Block(8, 32), Block(8, 32)),
 }
 
 

@@ -138,8 +138,7 @@ def _backward_kernel(
                 aa_x, bb_x, pp_x, peak, decays, k_c[t], v_c[t], w_x, starts, counts
             )
             kept = kept + ((before_aa, before_bb, y_t, past * share, now * share, keep, add, stays),)
-        for s in tl.static_range(C):
-            t = C - 1 - s
+        for t in tl.static_range(C - 1, -1, -1):
             starts, counts = _mark(mark + t, MARKED)
             aa_t, bb_t, y_t, past, now, keep, add, stays = kept[t]
             gy_t = tl.where(counts, gy_c[t], 0.0)

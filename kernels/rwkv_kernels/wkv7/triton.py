@@ -18,8 +18,6 @@ from ..triton_gpu import Kernels, Launch
 from ..tuning import Block, sizes
 from .chunk import RECURRENCE
 
-_PRECISION = tl.constexpr("ieee")
-"""Of products of matrices."""
 _LEVELS = tl.constexpr(RECURRENCE.num_tokens.bit_length() - 1)
 """How often blocks of a chunk's tokens double in size."""
 
@@ -213,4 +211,5 @@ def _masked(rows, x):
 @triton.jit
 @no_type_check
 def _dot(x, y):
-    return tl.dot(x, y, input_precision=_PRECISION)
+    """A product in full float32: in parts of TF32 on tensor cores ("tf32x3") it would spill kilobytes of registers."""
+    return tl.dot(x, y, input_precision="ieee")
