@@ -62,17 +62,13 @@ class RWKVHarness(LM):
             ln_x_eps: As in `rwkv_jax.load`.
             batch_size: Rows read together, or "auto".
             max_batch_size: Not used: "auto" begins with `score.AUTO_ROWS`.
-            device: None, or the platform that JAX runs on.
+            device: Not used: the harness's default is "cuda:0" everywhere, and JAX has its own, which the results record.
 
         Raises:
             ValueError: The tokenizer does not fit, or an argument is out of range.
         """
         super().__init__()
-        del max_batch_size
-        if device not in (None, jax.default_backend()):
-            raise ValueError(
-                f"device is {device!r}, but JAX runs on {jax.default_backend()!r}; leave it out, and set JAX_PLATFORMS"
-            )
+        del max_batch_size, device
         self._name = pretrained
         self._params, self._config, self._tokenizer, self._start = load_pretrained(
             pretrained, tokenizer=tokenizer, tokenizer_file=tokenizer_file, dtype=dtype, ln_x_eps=ln_x_eps
@@ -93,6 +89,7 @@ class RWKVHarness(LM):
             "tokenizer": self._tokenizer.name,
             "first_token": self._first_token,
             "backend": self._backend,
+            "jax_device": jax.devices()[0].device_kind,
         }
 
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:

@@ -28,7 +28,7 @@ class Question:
     """A text and the choices of what follows it, or of what fills the blank in it."""
 
     text: str
-    choices: tuple[str, ...]
+    choices: Sequence[str]
     blank: str | None = None
     """What marks the blank in the text; none: the choice follows the text."""
     separator: str = " "
@@ -37,7 +37,7 @@ class Question:
     """Index of the right choice, where it is known."""
 
     def __post_init__(self):
-        object.__setattr__(self, "choices", tuple(self.choices))
+        object.__setattr__(self, "choices", tuple(self.choices))  # Hashable, and no one else's list.
         if len(self.choices) < 2:
             raise ValueError(f"choices is {list(self.choices)}; give at least two")
         if "" in self.choices:
@@ -97,7 +97,7 @@ def answer(
     Raises:
         ValueError: The choices are fewer than two, empty or equal, or the tokenizer is not the model's.
     """
-    question = Question(text, tuple(choices), separator=separator)
+    question = Question(text, choices, separator=separator)
     return answer_all(
         params, config, tokenizer, [question], normalise=normalise, first_token=first_token, start=start
     )[0]
@@ -132,7 +132,7 @@ def fill_blank(
         ValueError: The text has no blank or several, the choices are fewer than two, empty or equal, or the tokenizer is not the
             model's.
     """
-    question = Question(text, tuple(choices), blank=blank)
+    question = Question(text, choices, blank=blank)
     return answer_all(
         params, config, tokenizer, [question], normalise=normalise, first_token=first_token, start=start
     )[0]
