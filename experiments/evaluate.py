@@ -1,8 +1,8 @@
 """Benchmarks a model with lm-evaluation-harness: `python experiments/evaluate.py --checkpoint runs/quickstart --tasks piqa,arc_easy`.
 
-Tasks are the harness's own, whose data it fetches once; with `--data FOLDER` those of experiments/tasks are read from files there, with no
-network. A table shows the figures beside the published ones of the nearest size; results.json and samples_TASK.jsonl are the
-harness's. Needs `pip install "rwkv-jax[eval]"`.
+Tasks are the harness's own, whose data it fetches once; with `--data FOLDER` those of experiments/tasks are read from files there,
+with no network. A table shows the figures beside the published ones of the nearest size; results.json and samples_TASK.jsonl are
+the harness's. Needs `pip install "rwkv-jax[eval]"`.
 """
 
 import difflib
@@ -20,6 +20,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from rwkv_jax.text.prompt import FirstToken
 
 TASKS = Path(__file__).with_name("tasks")
+SHIPPED = ",".join(sorted(path.stem for path in TASKS.glob("*.yaml")))
 PUBLISHED = Path(__file__).with_name("published.toml")
 
 
@@ -127,7 +128,7 @@ def find_tasks(names: list[str], local: dict[str, dict[str, Any]]) -> tuple[Any,
     from lm_eval.tasks import TaskManager
 
     if not names:
-        raise ValueError(f"--tasks is empty; give names such as {','.join(sorted(path.stem for path in TASKS.glob('*')))}")
+        raise ValueError(f"--tasks is empty; give names such as {SHIPPED}")
     foreign = [name for name in names if name not in local]
     manager = TaskManager(include_defaults=bool(foreign))
     for name in foreign:
@@ -160,9 +161,10 @@ def load_tasks(manager: Any, specs: list[Any]) -> list[Any]:
             if isinstance(spec, str):
                 raise OSError(
                     f"{spec}: its data is not here and could not be fetched, which needs a network ({reason}); without one, use "
-                    f"--data FOLDER and {', '.join(sorted(path.stem for path in TASKS.glob('*.yaml')))}"
+                    f"--data FOLDER and tasks of {SHIPPED}"
                 ) from error
-            raise OSError(f"{spec['task']}: {spec['dataset_kwargs']['data_files']} cannot be read ({reason})") from error
+            files = spec["dataset_kwargs"]["data_files"]
+            raise OSError(f"{spec['task']}: {files} cannot be read ({reason})") from error
         found += [*loaded.get("groups", {}).values()] or [*loaded["tasks"].values()]
     return found
 
@@ -191,9 +193,8 @@ def comparison(results: Any, limit: int | None) -> str:
             lines.append(f"| {task} | {metric} | {scale * value:.2f}{spread} | {' | '.join(others)} |")
     sources = dict.fromkeys(f"{m['family']}: {published['sources'][m['source']]}" for m in models)
     part = "" if limit is None else f" This model: the first {limit} items of each task only."
-    return "\n".join(
-        [*lines, "", f"Percent, but for perplexity; ± is one standard error.{part} As published: {'; '.join(sources)}.", ""]
-    )
+    note = f"Percent, but for perplexity; ± is one standard error.{part} As published: {'; '.join(sources)}."
+    return "\n".join([*lines, "", note, ""])
 
 
 def _distance(model: dict[str, Any], parameters: int) -> float:

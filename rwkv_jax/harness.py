@@ -77,7 +77,7 @@ class RWKVHarness(LM):
         first_tokens(self._tokenizer, first_token)
         self._first_token: FirstToken = first_token
         self._backend = backend
-        self._batch_size = _batch_size(batch_size)
+        self._batch_size: BatchSize = _batch_size(batch_size)
 
     def get_model_info(self) -> dict[str, Any]:
         """Returns what the harness records of the model beside its results."""
@@ -95,7 +95,7 @@ class RWKVHarness(LM):
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Returns log p of each continuation given its context, and whether it is what greedy decoding gives."""
         pairs = [request.args for request in requests]
-        encoded = [Request(*encode_pair(self._tokenizer, *pair, self._first_token)) for pair in pairs]
+        encoded = [Request(*encode_pair(self._tokenizer, before, own, self._first_token)) for before, own in pairs]
         answers = [(one.log_likelihood, one.is_greedy) for one in self._score(encoded, "loglikelihood", disable_tqdm)]
         self._cache("loglikelihood", pairs, answers)
         return answers

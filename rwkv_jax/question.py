@@ -46,7 +46,9 @@ class Question:
             if choice in self.choices[:i]:
                 raise ValueError(f"choices {self.choices.index(choice)} and {i} are both {choice!r}; leave one out")
         if self.gold is not None and not 0 <= self.gold < len(self.choices):
-            raise ValueError(f"gold is {self.gold}; with {len(self.choices)} choices it must be 0 to {len(self.choices) - 1}")
+            raise ValueError(
+                f"gold is {self.gold}; with {len(self.choices)} choices it must be 0 to {len(self.choices) - 1}"
+            )
         if self.blank is not None:
             if not self.blank:
                 raise ValueError("blank is empty; give the mark that stands for it, such as '_'")
@@ -97,10 +99,11 @@ def answer(
     Raises:
         ValueError: The choices are fewer than two, empty or equal, or the tokenizer is not the model's.
     """
-    question = Question(text, choices, separator=separator)
-    return answer_all(
-        params, config, tokenizer, [question], normalise=normalise, first_token=first_token, start=start
-    )[0]
+    question = [Question(text, choices, separator=separator)]
+    (found,) = answer_all(
+        params, config, tokenizer, question, normalise=normalise, first_token=first_token, start=start
+    )
+    return found
 
 
 def fill_blank(
@@ -132,10 +135,11 @@ def fill_blank(
         ValueError: The text has no blank or several, the choices are fewer than two, empty or equal, or the tokenizer is not the
             model's.
     """
-    question = Question(text, choices, blank=blank)
-    return answer_all(
-        params, config, tokenizer, [question], normalise=normalise, first_token=first_token, start=start
-    )[0]
+    question = [Question(text, choices, blank=blank)]
+    (found,) = answer_all(
+        params, config, tokenizer, question, normalise=normalise, first_token=first_token, start=start
+    )
+    return found
 
 
 def answer_all(

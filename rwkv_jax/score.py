@@ -83,7 +83,9 @@ def score(
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             if max(sizes) == 1:
-                raise MemoryError("a batch of one row does not fit in the device's memory; use a smaller model") from error
+                raise MemoryError(
+                    "a batch of one row does not fit in the device's memory; take a smaller model"
+                ) from error
             smaller = max(sizes) // 2
             if batch_size != "auto":
                 raise MemoryError(
@@ -123,12 +125,15 @@ def _score_batch(params, config, contexts, requests, sizes, start, backend) -> d
     context_rows, rows = sizes
     # A context's last token is read with the continuation, whose first one it predicts.
     state = _take(start, np.zeros(context_rows, np.int32))
-    for tokens, length in _pieces([np.array(context[:-1], np.int32) for context, _ in contexts], context_rows, LONGEST_PIECE):
+    prefixes = [np.array(context[:-1], np.int32) for context, _ in contexts]
+    for tokens, length in _pieces(prefixes, context_rows, LONGEST_PIECE):
         state = _advance(params, config, tokens, length, state, backend)
 
     wanted = [(slot, i) for slot, (_, members) in enumerate(contexts) for i in members]
     wanted.sort(key=lambda pair: len(requests[pair[1]].continuation), reverse=True)
-    longest = int(np.clip(2 ** int(np.log2(max(1, _MOST_LOGITS // (rows * config.vocab_size)))), SHORTEST_PIECE, LONGEST_PIECE))
+    # The power of two below what the vocabulary leaves room for.
+    fits = _power_of_two(_MOST_LOGITS // (rows * config.vocab_size) + 1) // 2
+    longest = min(max(fits, SHORTEST_PIECE), LONGEST_PIECE)
     scores = {}
     for first in range(0, len(wanted), rows):
         batch = wanted[first : first + rows]
@@ -137,8 +142,9 @@ def _score_batch(params, config, contexts, requests, sizes, start, backend) -> d
         targets = [np.asarray(requests[i].continuation, np.int32) for _, i in batch]
         inputs = [np.append(contexts[slot][0][-1], own[:-1]) for (slot, _), own in zip(batch, targets, strict=True)]
         own_state, total, greedy = _take(state, slots), np.zeros(rows), np.ones(rows, bool)
-        both = zip(_pieces(inputs, rows, longest), _pieces(targets, rows, longest), strict=True)
-        for (tokens, length), (wished, _) in both:
+        for (tokens, length), (wished, _) in zip(
+            _pieces(inputs, rows, longest), _pieces(targets, rows, longest), strict=True
+        ):
             log_p, right, own_state = _predict(params, config, tokens, wished, length, own_state, backend)
             counts = np.arange(tokens.shape[1]) < length[:, None]
             total += np.where(counts, np.asarray(log_p, np.float64), 0).sum(1)

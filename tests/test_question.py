@@ -64,7 +64,11 @@ def test_the_rest_after_a_blank_counts(params, normalise):
 
 
 def test_many_questions_are_answered_as_each_alone(params):
-    questions = [Question("Who?", CHOICES), Question("a ___ b", ["x", "yy"], blank="___"), Question("Who?", ["he", "she"])]
+    questions = [
+        Question("Who?", CHOICES),
+        Question("a ___ b", ["x", "yy"], blank="___"),
+        Question("Who?", ["he", "she"]),
+    ]
     alone = [answer_all(params, MODEL, BYTES, [question])[0] for question in questions]
     for one, other in zip(answer_all(params, MODEL, BYTES, questions, batch_size=4), alone, strict=True):
         assert one.index == other.index
@@ -106,7 +110,14 @@ def test_an_unknown_way_to_normalise_or_begin_is_refused(params, unchecked):
         rwkv_jax.answer(params, MODEL, BYTES, "a", ["b", "c"], first_token="bos")
 
 
-PAIRS = [("Answer:", " Paris"), ("Answer: ", "Paris"), ("Ans", "wer: Paris"), ("", "Paris"), ("a\n\n", "\nb"), ("e", "\u0301t")]
+PAIRS = [
+    ("Answer:", " Paris"),
+    ("Answer: ", "Paris"),
+    ("Ans", "wer: Paris"),
+    ("", "Paris"),
+    ("a\n\n", "\nb"),
+    ("e", "\u0301t"),
+]
 
 
 @pytest.mark.parametrize("name", ["bytes", "world", "20b"])

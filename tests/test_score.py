@@ -20,7 +20,7 @@ from rwkv_jax.text.prompt import encode_pair
 TOLERANCE = 1e-4
 BYTES = get_tokenizer("bytes")
 NAMES = ["tiny-4v0", "synthetic-7v0"]
-MORE = ["synthetic-4v0", "tiny-5v1", "synthetic-5v1", "tiny-5v2", "synthetic-5v2", "synthetic-6v0", "tiny-7v0"]
+MORE = ["tiny-5v1", "synthetic-5v2", "synthetic-6v0", "tiny-7v0"]
 EVERY = [*NAMES, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)]
 # One token; the same context again; the ends of pieces; a context of two pieces, and of all.
 SPANS = [(1, 2), (100, 101), (100, 130), (15, 17), (16, 18), (17, 40), (256, 258), (257, 275), (300, 330), (481, 512)]
@@ -83,7 +83,7 @@ def test_a_whole_text_is_scored_across_pieces(shared, name):
 
 @pytest.mark.parametrize(("convention", "before"), [("newline", [10]), ("zero", [0]), ("none", [0])])
 def test_an_empty_context_is_the_first_token_alone(shared, convention, before):
-    params, config, expected = load_reference(shared, "tiny-4v0")
+    params, config, _ = load_reference(shared, "tiny-4v0")
     weights = to_official(params, module_of(config).declare(config), config.num_layers)
     ids = np.array([*before, *b"if x:"])
     logits, _ = ORACLES["rwkv4"](weights, ids[:-1])
@@ -92,9 +92,7 @@ def test_an_empty_context_is_the_first_token_alone(shared, convention, before):
     assert abs(one.log_likelihood - exact) < TOLERANCE
 
 
-@pytest.mark.parametrize(
-    ("name", "batch_size"), [("rwkv4", 7), *(pytest.param("rwkv7", n, marks=pytest.mark.slow) for n in (1, 5))]
-)
+@pytest.mark.parametrize(("name", "batch_size"), [("rwkv4", 7), pytest.param("rwkv7", 1, marks=pytest.mark.slow)])
 def test_neither_the_batch_size_nor_the_order_changes_a_score(name, batch_size, monkeypatch):
     monkeypatch.setattr(scoring, "LONGEST_PIECE", 32)  # Fewer shapes to compile.
     params, config = random_model(name)
