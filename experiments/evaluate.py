@@ -82,7 +82,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     manager, specs = find_tasks(names, local)
     tasks = load_tasks(manager, specs)  # Before the model: what is not there shows before anything is computed.
 
-    from lm_eval import simple_evaluate
+    from lm_eval.evaluator import simple_evaluate
 
     arguments = ("tokenizer", "tokenizer_file", "first_token", "dtype", "ln_x_eps")
     results = simple_evaluate(

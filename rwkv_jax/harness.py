@@ -94,7 +94,7 @@ class RWKVHarness(LM):
 
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Returns log p of each continuation given its context, and whether it is what greedy decoding gives."""
-        pairs = [request.args for request in requests]
+        pairs: list[tuple[Any, ...]] = [request.args for request in requests]
         encoded = [Request(*encode_pair(self._tokenizer, before, own, self._first_token)) for before, own in pairs]
         answers = [(one.log_likelihood, one.is_greedy) for one in self._score(encoded, "loglikelihood", disable_tqdm)]
         self._cache("loglikelihood", pairs, answers)
@@ -113,7 +113,7 @@ class RWKVHarness(LM):
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Returns the continuation of each context until a stop string, the end of the document or max_gen_toks."""
         answers = []
-        pairs = [request.args for request in requests]
+        pairs: list[tuple[Any, ...]] = [request.args for request in requests]
         for seed, (context, options) in enumerate(tqdm(pairs, desc="generate_until", disable=disable_tqdm)):
             answers.append(self._generate(context, options, seed))
         self._cache("generate_until", pairs, answers)
