@@ -66,6 +66,12 @@ def data(shared, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(shared):
+    """The smallest one."""
+    return str(shared / "reference/synthetic-rwkv-4v0.safetensors")
+
+
+@pytest.fixture(scope="module")
+def trained(shared):
     return str(shared / "reference/tiny-rwkv-4v0.safetensors")
 
 
@@ -161,14 +167,14 @@ def requests(*arguments):
 
 
 @pytest.fixture(scope="module")
-def harness(model):
+def harness(trained):
     from rwkv_jax.harness import RWKVHarness
 
-    return RWKVHarness(model, first_token="zero", batch_size=3)
+    return RWKVHarness(trained, first_token="zero", batch_size=3)
 
 
-def test_a_rolling_log_likelihood_is_that_of_the_whole_text(harness, model):
-    params, config = rwkv_jax.load(model)
+def test_a_rolling_log_likelihood_is_that_of_the_whole_text(harness, trained):
+    params, config = rwkv_jax.load(trained)
     text = "The quick brown fox. " * 40
     ids = jnp.array([[0, *text.encode()]])
     logits, _ = jax.jit(rwkv_jax.forward, static_argnums=1)(params, config, ids)
