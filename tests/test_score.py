@@ -94,7 +94,7 @@ def test_an_empty_context_is_the_first_token_alone(shared, convention, before):
 
 @pytest.mark.parametrize(("name", "batch_size"), [("rwkv4", 7), pytest.param("rwkv7", 1, marks=pytest.mark.slow)])
 def test_neither_the_batch_size_nor_the_order_changes_a_score(name, batch_size, monkeypatch):
-    monkeypatch.setattr(scoring, "LONGEST_PIECE", 32)  # Fewer shapes to compile.
+    monkeypatch.setattr(scoring, "LONGEST_PIECE", 16)  # Fewer shapes to compile.
     params, config = random_model(name)
     requests = random_requests(config.vocab_size)
     expected = score(params, config, requests)
@@ -177,7 +177,7 @@ def small_memory(monkeypatch):
 
 @pytest.mark.slow
 def test_auto_halves_the_batch_until_it_fits(small_memory, monkeypatch):
-    monkeypatch.setattr(scoring, "LONGEST_PIECE", 32)
+    monkeypatch.setattr(scoring, "LONGEST_PIECE", 16)
     params, config = random_model("rwkv4")
     requests = random_requests(config.vocab_size)
     found = score(params, config, requests)
