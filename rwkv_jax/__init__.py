@@ -6,6 +6,7 @@ from .models.rwkv4 import RWKV4Config
 from .models.rwkv5 import RWKV5Config
 from .models.rwkv6 import RWKV6Config
 from .models.rwkv7 import RWKV7Config
+from .models.transformer import TransformerConfig
 from .save import save, save_state
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "RWKV5Config",
     "RWKV6Config",
     "RWKV7Config",
+    "TransformerConfig",
     "count_params",
     "forward",
     "hidden",

@@ -3,18 +3,23 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shapes of an official checkpoint's tensors, by key."""
 
-TOKENIZERS = {256: "bytes", 50277: "20b", 50304: "20b", 65536: "world"}
+TOKENIZERS = {256: "bytes", 50277: "20b", 50304: "20b", 50432: "20b", 50688: "20b", 65536: "world"}
 """Tokenizer by the vocabulary sizes of released models."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The size of a model and how it computes."""
+
+    implied_by_shapes: ClassVar[bool] = True
+    """Whether the shapes of a checkpoint's tensors say all that the config does of the model."""
+    reference_backend: ClassVar[str | None] = "scan"
+    """The backend that the others are held against; none where there is nothing to choose."""
 
     architecture: str = ""
     """Which model this is."""
