@@ -262,7 +262,8 @@ def time_mix(
     visible = ((age >= 0) & (age < window)) & (places >= first[..., None])
 
     def joined(kept, new):
-        return jnp.concatenate([jnp.where(spoilt[:, None, None, None], 0, kept).astype(new.dtype), new], axis=1)
+        kept = jnp.where(spoilt[:, None, None, None], 0, kept).astype(new.dtype)
+        return jnp.concatenate([kept, jnp.where((first < 0)[..., None, None], 0, new)], axis=1)
 
     keys, values = joined(state.key, k), joined(state.value, v)
     y = attention(
@@ -271,11 +272,11 @@ def time_mix(
     y = jnp.where((first < 0)[..., None], jnp.nan, y)
 
     if length is None:
-        length_or_all, own = x.shape[1], first[:, -1]
+        counted, own = x.shape[1], first[:, -1]
     else:
-        length_or_all = length
+        counted = length
         own = jnp.take_along_axis(jnp.concatenate([begin[:, None], first], axis=1), length[:, None], axis=1)[:, 0]
-    held = jnp.minimum(room + length_or_all - own, window)
+    held = jnp.minimum(room + counted - own, window)
     state = State(
         *(_newest(rows, held, length, room, window).astype(state.key.dtype) for rows in (keys, values)),
         held=jnp.where(own < 0, jnp.nan, held).astype(state.held.dtype),
