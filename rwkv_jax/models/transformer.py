@@ -259,7 +259,7 @@ def time_mix(
     first = _first_places(begin, reset, room, x.shape[1])
     places = np.arange(room + x.shape[1])
     age = places[room:, None] - places
-    visible = ((age >= 0) & (age < window)) & (places >= first[..., None])
+    visible = jnp.asarray((age >= 0) & (age < window)) & (places >= first[..., None])
 
     def joined(kept, new):
         kept = jnp.where(spoilt[:, None, None, None], 0, kept).astype(new.dtype)

@@ -192,8 +192,8 @@ def test_transformers_computes_the_same_from_its_folder_and_from_ours(residual, 
     for folder in (theirs, ours):
         run_program(LOGITS, folder, tmp_path / "tokens.npy", tmp_path / "logits.npy")
         expected = np.load(tmp_path / "logits.npy")
-        # Their angles are float32, about 1e-5 off at the last of 100 positions.
-        assert np.linalg.norm(logits - expected) <= 1e-5 * np.linalg.norm(expected)
+        # Their angles are float32.
+        assert np.linalg.norm(logits - expected) <= 2e-6 * np.linalg.norm(expected)
     assert params.emb.dtype == np.float64
 
 
