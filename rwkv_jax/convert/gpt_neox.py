@@ -115,9 +115,9 @@ def exported(tensors: Tensors, config: TransformerConfig) -> tuple[dict[str, Sto
 
 def _check(settings: Mapping[str, Any]) -> None:
     rotary = _rotary(settings)
-    missing = [name for name in _SIZES if not isinstance(settings.get(name), int)]
+    missing = [name for name in _SIZES if not isinstance(settings.get(name), int) or settings[name] < 1]
     if missing:
-        raise ValueError(f"does not say {', '.join(missing)}; fetch it again")
+        raise ValueError(f"does not say {', '.join(missing)} as positive whole numbers; fetch it again")
     rules = {
         "layer_norm_eps": (settings.get("layer_norm_eps", EPS), EPS),
         "hidden_act": (settings.get("hidden_act", "gelu"), "gelu"),

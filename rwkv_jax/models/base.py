@@ -9,7 +9,14 @@ Shapes = Mapping[str, tuple[int, ...]]
 """Shapes of an official checkpoint's tensors, by key."""
 
 Tokenizer = Literal["bytes", "20b", "world"]
-TOKENIZERS: dict[int, Tokenizer] = {256: "bytes", 50277: "20b", 50304: "20b", 50432: "20b", 50688: "20b", 65536: "world"}
+TOKENIZERS: dict[int, Tokenizer] = {
+    256: "bytes",
+    50277: "20b",
+    50304: "20b",
+    50432: "20b",
+    50688: "20b",
+    65536: "world",
+}
 """Tokenizer by the vocabulary sizes of released models."""
 
 

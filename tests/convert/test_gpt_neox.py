@@ -126,7 +126,7 @@ def test_every_missing_extra_and_misshaped_tensor_is_listed(weights, tmp_path):
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is 'linear', not 'default'"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
         ({"num_attention_heads": 5}, "hidden_size 12 is no multiple of 5 attention heads"),
-        ({"num_attention_heads": None}, "does not say num_attention_heads"),
+        ({"num_attention_heads": 0, "vocab_size": None}, "does not say vocab_size, num_attention_heads as positive"),
         ({"rotary_pct": 0.5}, "3 of the head's 6 channels"),
     ],
 )
