@@ -8,6 +8,7 @@ from .models.rwkv4 import RWKV4Config
 from .models.rwkv5 import RWKV5Config
 from .models.rwkv6 import RWKV6Config
 from .models.rwkv7 import RWKV7Config
+from .models.transformer import TransformerConfig
 from .save import save, save_state
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ __all__ = [
     "RWKV5Config",
     "RWKV6Config",
     "RWKV7Config",
+    "TransformerConfig",
     "answer",
     "count_params",
     "fill_blank",

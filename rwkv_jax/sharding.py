@@ -1,7 +1,7 @@
 """Where arrays lie on many devices: a mesh with named axes, and one table from logical axes to them.
 
-`jax.jit` partitions the pure functions of this library (GSPMD): parameters are put on the mesh by `param_shardings`, and `constrain` says
-in a few places of the model how activations lie. Without a mesh in use (`jax.set_mesh`) nothing here does anything.
+`jax.jit` partitions the pure functions of this library (GSPMD): parameters are put on the mesh by `param_shardings`, and `constrain`
+says in a few places of the model how activations lie. Without a mesh in use (`jax.set_mesh`) nothing here does anything.
 """
 
 import math
@@ -12,8 +12,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-
-from . import params as p
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # Parameters, by the names in their declarations.

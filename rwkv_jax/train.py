@@ -265,8 +265,8 @@ def _zeros_like(function: Any, *args: Any) -> Any:
 
 
 def _rounded(params: Any, like: Any, key: PRNGKeyArray) -> Any:
-    """Returns float32 parameters in the dtype that they are kept in. To bfloat16 they are rounded up or down at random, right on average:
-    rounded to nearest, steps smaller than half a digit would all be lost."""
+    """Returns float32 parameters in the dtype that they are kept in. To bfloat16 they are rounded up or down at random, right on
+    average: rounded to nearest, steps smaller than half a digit would all be lost."""
     leaves, structure = jax.tree.flatten(params)
 
     def one(i, x, kept):

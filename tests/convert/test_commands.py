@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from checkpoint_files import assert_same_bits, official, random_params, write_rwkv_cpp
-from small_models import SMALL
+from small_models import RWKV, SMALL
 
 import rwkv_jax
 from rwkv_jax import inspect, verify
@@ -43,7 +43,7 @@ def test_convert_writes_what_load_and_save_would(target, dtype, model, tmp_path,
     assert "wrote" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", RWKV)
 def test_convert_reads_every_version(name, tmp_path):
     config, params = SMALL[name], random_params(SMALL[name])
     write_rwkv_cpp(tmp_path / "m.bin", official(params, config))
