@@ -5,13 +5,15 @@ says in a few places of the model how activations lie. Without a mesh in use (`j
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from .params import Param
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # Parameters, by the names in their declarations.
@@ -130,9 +132,15 @@ def spec(*axes: str | None) -> PartitionSpec:
     return PartitionSpec(*(None if axis is None else RULES[axis] for axis in axes))
 
 
-def param_specs(declaration: Any) -> Any:
-    """Returns the partition of every declared parameter, a tree like the declaration."""
-    return jax.tree.map(lambda param: spec(*(("layers",) if param.stacked else ()), *param.axes), declaration)
+def on(mesh: Mesh) -> Callable[[Param], Sharding]:
+    """Returns where a mesh has each declared parameter, for `rwkv_jax.load(path, sharding=on(mesh))`."""
+    if mesh.size == 1:
+        return lambda param: SingleDeviceSharding(mesh.devices.flat[0])
+    return lambda param: NamedSharding(mesh, _of_param(param))
+
+
+def _of_param(param: Param) -> PartitionSpec:
+    return spec(*(("layers",) if param.stacked else ()), *param.axes)
 
 
 def param_shardings(declaration: Any, num_layers: int, mesh: Mesh) -> Any:
@@ -142,15 +150,15 @@ def param_shardings(declaration: Any, num_layers: int, mesh: Mesh) -> Any:
         ValueError: A mesh axis does not divide the dimension of a parameter that it cuts; all are listed.
     """
     wrong = []
-    for param, cut in zip(jax.tree.leaves(declaration), jax.tree.leaves(param_specs(declaration)), strict=True):
-        for size, mesh_axis in zip(param.stacked_shape(num_layers), cut, strict=True):
+    for param in jax.tree.leaves(declaration):
+        for size, mesh_axis in zip(param.stacked_shape(num_layers), _of_param(param), strict=True):
             if mesh_axis is not None and size % mesh.shape[mesh_axis]:
                 wrong.append(f"{param.key}: {size} does not divide by mesh.{mesh_axis}={mesh.shape[mesh_axis]}")
     if wrong:
         raise ValueError(
             "the mesh does not fit the model; change the mesh's sizes or the model's:\n  " + "\n  ".join(wrong)
         )
-    return jax.tree.map(lambda cut: NamedSharding(mesh, cut), param_specs(declaration))
+    return jax.tree.map(on(mesh), declaration)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
