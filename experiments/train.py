@@ -263,7 +263,8 @@ def describe(mesh: Mesh) -> str:
     if mesh.size == 1:
         return kind
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
-    return f"{mesh.size} {kind} ({axes}) of {jax.process_count()} processes"
+    processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    return f"{mesh.size} {kind} ({axes}){processes}"
 
 
 def peak_flops(mesh: Mesh, dtype: str) -> float | None:
