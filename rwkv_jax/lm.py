@@ -125,7 +125,7 @@ def hidden(
     foreign = (tokens < 0) | (tokens >= config.vocab_size)
     if length is not None:
         foreign &= jnp.arange(tokens.shape[1]) < length[:, None]
-    x = constrain(model.embed_tokens(params, jnp.where(foreign, 0, tokens), dtype), *_RESIDUAL)
+    x = model.embed_tokens(params, jnp.where(foreign, 0, tokens), dtype)
     (x, _), state = jax.lax.scan(layer, (x, model.init_depth(config, x)), (params.blocks, state))
     x = jnp.where(jnp.cumsum(foreign, axis=1)[..., None] > 0, jnp.nan, x)
     spoilt = foreign.any(1)

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from .params import Param
 
@@ -20,6 +20,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "embed": "fsdp",
     "embed_out": "tensor",
     "att": "tensor",
+    "att_of_rank": ("tensor", "fsdp"),
     "ffn": "tensor",
     "heads": "tensor",
     "vocab": "tensor",
@@ -132,9 +133,9 @@ def spec(*axes: str | None) -> PartitionSpec:
     return PartitionSpec(*(None if axis is None else RULES[axis] for axis in axes))
 
 
-def on(mesh: Mesh) -> Callable[[Param], Sharding]:
+def on(mesh: Mesh | AbstractMesh) -> Callable[[Param], Sharding]:
     """Returns where a mesh has each declared parameter, for `rwkv_jax.load(path, sharding=on(mesh))`."""
-    if mesh.size == 1:
+    if mesh.size == 1 and isinstance(mesh, Mesh):
         return lambda param: SingleDeviceSharding(mesh.devices.flat[0])
     return lambda param: NamedSharding(mesh, _of_param(param))
 
@@ -143,7 +144,7 @@ def _of_param(param: Param) -> PartitionSpec:
     return spec(*(("layers",) if param.stacked else ()), *param.axes)
 
 
-def param_shardings(declaration: Any, num_layers: int, mesh: Mesh) -> Any:
+def param_shardings(declaration: Any, num_layers: int, mesh: Mesh | AbstractMesh) -> Any:
     """Returns the sharding of every declared parameter on a mesh.
 
     Raises:
@@ -151,9 +152,11 @@ def param_shardings(declaration: Any, num_layers: int, mesh: Mesh) -> Any:
     """
     wrong = []
     for param in jax.tree.leaves(declaration):
-        for size, mesh_axis in zip(param.stacked_shape(num_layers), _of_param(param), strict=True):
-            if mesh_axis is not None and size % mesh.shape[mesh_axis]:
-                wrong.append(f"{param.key}: {size} does not divide by mesh.{mesh_axis}={mesh.shape[mesh_axis]}")
+        for size, cut in zip(param.stacked_shape(num_layers), _of_param(param), strict=True):
+            names = () if cut is None else (cut,) if isinstance(cut, str) else cut
+            if size % math.prod(mesh.shape[name] for name in names):
+                parts = " x ".join(f"mesh.{name}={mesh.shape[name]}" for name in names)
+                wrong.append(f"{param.key}: {size} does not divide by {parts}")
     if wrong:
         raise ValueError(
             "the mesh does not fit the model; change the mesh's sizes or the model's:\n  " + "\n  ".join(wrong)

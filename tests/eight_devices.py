@@ -1,6 +1,6 @@
 """Run with eight devices: compares training on meshes with training on one device, and prints what was found as JSON.
 
-`python tests/eight_devices.py rwkv7`
+`python tests/eight_devices.py rwkv7 mixed sequence`, with any of the models and meshes below; without meshes, on all.
 """
 
 import json
@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import rwkv_jax
 from rwkv_jax import generate, sharding, train
 from rwkv_jax.models import module_of
-from rwkv_jax.text import ByteTokenizer
+from rwkv_jax.text.tokenizers import ByteTokenizer
 
 SIZE = {"vocab_size": 256, "num_layers": 2, "embed_dim": 32, "ffn_dim": 64}
 RANKS7 = {"decay_rank": 3, "iclr_rank": 5, "value_rank": 2, "gate_rank": 7}
@@ -64,7 +64,7 @@ def on_mesh(mesh, *arrays):
 
 
 def greedy(config, params):
-    """Text of 12 tokens after a prompt, and logits of a whole batch."""
+    """What is generated after a prompt."""
     sampling = generate.Sampling(temperature=0.0)
     return (
         "".join(generate.stream(params, config, ByteTokenizer(), "a prompt", max_tokens=12, sampling=sampling))
@@ -73,8 +73,8 @@ def greedy(config, params):
     )
 
 
-def main(name):
-    """Compares every mesh with one device."""
+def main(name, *meshes):
+    """Compares meshes with one device."""
     config, rng = MODELS[name], np.random.default_rng(0)
     batches = []
     for _ in range(STEPS):
@@ -85,12 +85,12 @@ def main(name):
     params = rwkv_jax.init(jax.random.key(1), config)
     params = jax.tree.map(lambda x: x + 0.1 * jnp.sin(jnp.arange(x.size).reshape(x.shape)), params)
     text, found = greedy(config, params), {}
-    for kind, sizes in MESHES.items():
-        mesh = sharding.make_mesh(sharding.MeshConfig(**sizes))
+    for kind in meshes or MESHES:
+        mesh = sharding.make_mesh(sharding.MeshConfig(**MESHES[kind]))
         with jax.set_mesh(mesh):
             gradient, losses, collectives = run(config, batches, mesh)
             where = sharding.param_shardings(module_of(config).declare(config), config.num_layers, mesh)
-            own_text = greedy(config, jax.device_put(params, where)) if kind in ("tensor", "mixed") else text
+            own_text = greedy(config, jax.device_put(params, where))
         difference = jax.tree.map(np.subtract, gradient, reference[0])
         found[kind] = {
             "gradient": float(optax.tree.norm(difference)) / norm,
@@ -103,4 +103,4 @@ def main(name):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -204,7 +204,7 @@ def declare(config: RWKV6Config) -> Params:
         time_maa_w2=tensor("att.time_maa_w2", (5, mix_rank, width), ("mix", "mix_rank", "embed"), small),
         time_decay=vector("att.time_decay", decay, lr_multiple=2.0),
         time_decay_w1=tensor("att.time_decay_w1", (width, decay_rank), ("embed", "decay_rank"), p.zeros),
-        time_decay_w2=tensor("att.time_decay_w2", (decay_rank, width), ("decay_rank", "att"), small),
+        time_decay_w2=tensor("att.time_decay_w2", (decay_rank, width), ("decay_rank", "att_of_rank"), small),
         time_faaaa=tensor("att.time_faaaa", (config.num_heads, config.head_dim), ("heads", "head"), bonus),
         receptance=matrix("att.receptance", square, ("embed", "att"), p.orthogonal(1.0)),
         key=matrix("att.key", square, ("embed", "att"), p.orthogonal(0.1)),

@@ -240,7 +240,7 @@ def declare(config: RWKV7Config) -> Params:
 
     def up(name, rank, may_lack=()):
         init = p.orthogonal(0.1 * max(1.0, rank / width) ** 0.5)
-        return p.Param(f"blocks.{{layer}}.att.{name}", (rank, width), ("rank", "att"), init, may_lack=may_lack)
+        return p.Param(f"blocks.{{layer}}.att.{name}", (rank, width), ("rank", "att_of_rank"), init, may_lack=may_lack)
 
     def matrix(name, shape, axes, init):
         key = name if name.startswith(("emb", "head")) else f"blocks.{{layer}}.{name}"
