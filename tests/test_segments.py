@@ -24,9 +24,8 @@ def start(config, **options):
     params = jax.tree.map(lambda x: x + 0.1 * jnp.cos(jnp.arange(x.size).reshape(x.shape)), params)
     state = train.init_train_state(jax.random.key(1), config, optimizer, params, param_dtype="float64", **options)
     state = state._replace(params=params)
-    text = np.random.default_rng(0).integers(0, config.vocab_size, (ROWS, TOKENS + 1)).astype(np.int32)
-    reset = np.zeros((ROWS, TOKENS), bool)
-    reset[1, 11] = True
+    text = jnp.asarray(np.random.default_rng(0).integers(0, config.vocab_size, (ROWS, TOKENS + 1)), jnp.int32)
+    reset = jnp.zeros((ROWS, TOKENS), bool).at[1, 11].set(True)
     return (
         state,
         (text[:, :-1], text[:, 1:], reset),
@@ -45,7 +44,7 @@ def assert_close(a, b, rtol=1e-9):
         np.testing.assert_allclose(x, y, rtol=rtol, atol=1e-12)
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 40])
+@pytest.mark.parametrize("chunk", [5, 40])
 def test_the_loss_in_chunks_is_the_loss_and_so_are_its_gradients(x64, chunk):
     rng = np.random.default_rng(0)
     x, head = jnp.asarray(rng.standard_normal((3, 12, 6))), jnp.asarray(rng.standard_normal((6, 17)))
@@ -81,7 +80,7 @@ def test_the_chunked_loss_holds_no_more_for_a_longer_text():
 
 
 def test_segments_give_the_gradient_of_the_whole_row(x64):
-    state, batch, step = start(SMALL["rwkv7"])
+    state, batch, step = start(SMALL["rwkv4"])
     whole, metrics, _ = gradient(state, batch, step)
     parts, own, _ = gradient(state, batch, partial(step, segment=SEGMENT, loss_chunk=3))
     assert_close(parts, whole, rtol=1e-8)

@@ -151,6 +151,7 @@ def test_gradients_of_parameters_and_states_equal_autodiff_of_the_scan(params, c
         assert np.linalg.norm(a - e) <= 1e-10 * np.linalg.norm(e) + 1e-300
 
 
+@pytest.mark.slow
 def test_remat_changes_no_gradient(params, config, backend):
     import dataclasses
 
@@ -164,6 +165,7 @@ def test_remat_changes_no_gradient(params, config, backend):
         trees_close(other, plain)
 
 
+@pytest.mark.slow
 def test_vmap_over_stacked_parameters_equals_a_loop(params, config, backend):
     stacked = jax.tree.map(lambda x: jnp.stack([x, 1.1 * x, x - 0.1]), params)
     tokens = draw(config, 2, 11)
