@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import rwkv_jax
 from rwkv_jax import generate, sharding, train
 from rwkv_jax.models import module_of
-from rwkv_jax.text.tokenizers import ByteTokenizer
+from rwkv_jax.text import get_tokenizer
 
 SIZE = {"vocab_size": 256, "num_layers": 2, "embed_dim": 32, "ffn_dim": 64}
 RANKS7 = {"decay_rank": 3, "iclr_rank": 5, "value_rank": 2, "gate_rank": 7}
@@ -67,7 +67,7 @@ def greedy(config, params):
     """What is generated after a prompt."""
     sampling = generate.Sampling(temperature=0.0)
     return (
-        "".join(generate.stream(params, config, ByteTokenizer(), "a prompt", max_tokens=12, sampling=sampling))
+        "".join(generate.stream(params, config, get_tokenizer("bytes"), "a prompt", max_tokens=12, sampling=sampling))
         .encode()
         .hex()
     )
