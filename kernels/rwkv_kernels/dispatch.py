@@ -22,7 +22,7 @@ class Call(NamedTuple):
     num_tokens: int | None = None
     """A row; None for any."""
     dtype: str | None = None
-    """Of the tokens; None for any."""
+    """Of the tokens, or float64 where any input is; None for any."""
 
 
 class Backend(NamedTuple):

@@ -20,7 +20,6 @@ from . import dispatch, hardware
 from .pallas import LEAST_TOKENS
 from .recurrence import Problem, Recurrence
 
-
 FITS = {(0, 3): ((0, 10), (0, 13)), (0, 4): ((0, 11), (0, 12))}
 """Releases of jax-triton, and the JAX from which on and before which each lowers: 0.4's rule for dead code is not that of JAX 0.12."""
 
@@ -55,16 +54,18 @@ Launcher = Callable[[Launch], tuple[Array, ...]]
 """Runs a launch and returns its outputs."""
 
 
-def backend(kernel: Callable[..., Any], kernels: Callable[[], Kernels]) -> dispatch.Backend:
+def backend(op: str, kernel: Callable[..., Any]) -> dispatch.Backend:
     """Returns an op's backend.
 
     Args:
-        kernel: The op's wrapper, as in `pallas.kernel_backends`.
-        kernels: Gives the op's kernels, importing Triton.
+        op: Its name, whose `triton.py` has `KERNELS`.
+        kernel: Its wrapper, as in `pallas.kernel_backends`.
     """
 
-    def call(*arguments: Any, launcher: Launcher | None = None) -> Any:
-        return kernel(partial(run, kernels=kernels(), launcher=launcher), *arguments)
+    def call(*arguments: Any, launcher: Launcher = through_jax_triton) -> Any:
+        # Here, and nowhere else: Triton need not be installed.
+        kernels = importlib.import_module(f"{__package__}.{op}.triton").KERNELS
+        return kernel(partial(run, kernels=kernels, launcher=launcher), *arguments)
 
     return dispatch.Backend(call, why_not, least_tokens=LEAST_TOKENS)
 
@@ -98,28 +99,18 @@ def _cannot_call() -> str | None:
     return None
 
 
-def run(
-    op: Recurrence, problem: Problem, *, kernels: Kernels, launcher: Launcher | None = None
-) -> tuple[Array, tuple[Array, ...]]:
+def run(op: Recurrence, problem: Problem, *, kernels: Kernels, launcher: Launcher) -> tuple[Array, tuple[Array, ...]]:
     """Returns y [B, T, H, V] in the tokens' dtype, and the state after the last token.
 
     Args:
-        op: The recurrence.
+        op: The recurrence, whose mathematics the kernels have of their own.
         problem: Its arrays: T whole chunks, channels padded to powers of two (and to 16 or more where the op multiplies matrices).
         kernels: The op's.
-        launcher: What runs them; None is jax-triton.
-
-    Raises:
-        ValueError: The state is not float32.
+        launcher: What runs them.
     """
-    if problem.state[0].dtype != "float32":
-        raise ValueError(
-            f"{op.name}: the triton kernels hold the state in float32, and it is {problem.state[0].dtype} here; "
-            'cast all inputs to float32 or lower, or pass backend="parallel"'
-        )
+    del op
     tokens, shared, state, marks = problem
-    walk = _differentiable(kernels, launcher or through_jax_triton)
-    return walk(tokens, tuple(x[None] for x in shared), state, marks)
+    return _differentiable(kernels, launcher)(tokens, tuple(x[None] for x in shared), state, marks)
 
 
 def through_jax_triton(launch: Launch) -> tuple[Array, ...]:
@@ -181,7 +172,7 @@ def _differentiable(kernels: Kernels, launcher: Launcher) -> Any:
 
 
 def _over_rows(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns the function, whose arrays all have rows of a batch as their first axis, with a rule for vmap: rows of all are one batch's."""
+    """Returns the function, whose arrays have rows of a batch as their first axis, with a rule for vmap: all rows are one batch's."""
     call = jax.custom_batching.custom_vmap(function)
 
     @call.def_vmap

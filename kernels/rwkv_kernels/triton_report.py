@@ -4,21 +4,24 @@ It takes Triton's own compiler and ptxas, without jax-triton or CUDA, and says h
 it spills.
 """
 
+import importlib.util
 import itertools
 import re
 import subprocess
+import sys
 import tempfile
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from . import dispatch
 from .triton_gpu import Launch
 from .wkv4.api import BACKENDS as WKV4
 from .wkv4.api import init_wkv4_state
 from .wkv7.api import BACKENDS as WKV7
 
+ENVIRONMENT = 'pip install -e ".[test,triton,torch]"'
+"""Installs what compiles the Triton kernels, and what runs their tests in Triton's interpreter."""
 _TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32", "int32": "*i32"}
 """Triton's names of pointers."""
 
@@ -48,14 +51,22 @@ class Usage(NamedTuple):
     spilled_bytes: int
 
 
+def why_not(*modules: str) -> str | None:
+    """Returns why the kernels cannot be compiled, or what takes further modules cannot be done, or None where it can."""
+    missing = [name for name in ("triton", *modules) if importlib.util.find_spec(name) is None]
+    return f"needs {', '.join(missing)}: {ENVIRONMENT}" if missing else None
+
+
 def main() -> None:
     """Compiles the cases and prints a line for each kernel."""
+    if reason := why_not():
+        sys.exit(reason)
     print(f"{'kernel':13s} {'sm':>2s} {'head':>5s} {'dtype':9s} {'registers':>9s} {'spilled bytes':>13s}")
     for case in CASES:
         for direction, launch in zip(("forward", "backward"), launches(case), strict=True):
             registers, spilled = compile_launch(launch, case.capability)
-            name = f"{case.op}_{direction}"
-            print(f"{name:13s} {case.capability} {case.head_dim:5d} {case.dtype:9s} {registers:9d} {spilled:13d}", flush=True)
+            name, sm, head, dtype = f"{case.op}_{direction}", case.capability, case.head_dim, case.dtype
+            print(f"{name:13s} {sm} {head:5d} {dtype:9s} {registers:9d} {spilled:13d}", flush=True)
 
 
 def launches(case: Case) -> tuple[Launch, Launch]:
@@ -121,9 +132,10 @@ def _assemble(ptx: str, capability: int) -> Usage:
         file.flush()
         command = [get_ptxas(capability).path, "-v", f"-arch={arch[1]}", file.name, "-o", "/dev/null"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-    registers, spilled = re.search(r"Used (\d+) registers", done.stderr), re.search(r"(\d+) bytes spill stores", done.stderr)
+    said = done.stderr
+    registers, spilled = re.search(r"Used (\d+) registers", said), re.search(r"(\d+) bytes spill stores", said)
     if registers is None or spilled is None:
-        raise RuntimeError(f"ptxas did not say what the kernel takes:\n{done.stderr[-3000:]}")
+        raise RuntimeError(f"ptxas did not say what the kernel takes:\n{said[-3000:]}")
     return Usage(int(registers[1]), int(spilled[1]))
 
 

@@ -54,7 +54,7 @@ KERNELS = Kernels(_forward, _backward)
 
 def _grid(problem: Problem) -> tuple[int, int, int]:
     batch_size, _, num_blocks, _ = problem.tokens[0].shape
-    return num_blocks, batch_size, 1
+    return batch_size * num_blocks, 1, 1  # The other axes end at 65535.
 
 
 def _constants(problem: Problem) -> dict[str, int | bool]:
@@ -73,7 +73,7 @@ def _forward_kernel(
     N: tl.constexpr, C: tl.constexpr, H: tl.constexpr, X: tl.constexpr, ROWS: tl.constexpr, MARKED: tl.constexpr,
     SAVE: tl.constexpr,
 ):  # fmt: skip
-    block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    block, row = tl.program_id(0) % H, (tl.program_id(0) // H).to(tl.int64)
     channel = tl.arange(0, X)
     shared, state = (row // ROWS * H + block) * X + channel, (row * H + block) * X + channel
     w_x, u_x = tl.load(w + shared), tl.load(u + shared)
@@ -113,7 +113,7 @@ def _backward_kernel(
     k, v, w, u, marks, aa_at, bb_at, pp_at, gy, gaa_end, gbb_end, gpp_end, gk, gv, gw, gu, gaa, gbb, gpp,
     N: tl.constexpr, C: tl.constexpr, H: tl.constexpr, X: tl.constexpr, ROWS: tl.constexpr, MARKED: tl.constexpr,
 ):  # fmt: skip
-    block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    block, row = tl.program_id(0) % H, (tl.program_id(0) // H).to(tl.int64)
     channel = tl.arange(0, X)
     shared, state = (row // ROWS * H + block) * X + channel, (row * H + block) * X + channel
     w_x, u_x = tl.load(w + shared), tl.load(u + shared)
@@ -137,18 +137,15 @@ def _backward_kernel(
             aa_x, bb_x, pp_x, peak, decays, keep, add, stays = _advance(
                 aa_x, bb_x, pp_x, peak, decays, k_c[t], v_c[t], w_x, starts, counts
             )
-            kept = kept + ((before_aa, before_bb, y_t, past * share, now * share, keep, add, stays),)
+            kept = kept + ((before_aa, before_bb, y_t, past * share, now * share, keep, add, stays),)  # noqa: RUF005 Triton unpacks nothing.
         for t in tl.static_range(C - 1, -1, -1):
             starts, counts = _mark(mark + t, MARKED)
             aa_t, bb_t, y_t, past, now, keep, add, stays = kept[t]
             gy_t = tl.where(counts, gy_c[t], 0.0)
             through_u = now * gy_t * (v_c[t] - y_t)
             # A token that does not count hands the cotangents on as they are.
-            gaa_t, gbb_t, gpp_t = (
-                tl.where(counts, gaa_x, 0.0),
-                tl.where(counts, gbb_x, 0.0),
-                tl.where(counts, gpp_x, 0.0),
-            )
+            gaa_t, gbb_t = tl.where(counts, gaa_x, 0.0), tl.where(counts, gbb_x, 0.0)
+            gpp_t = tl.where(counts, gpp_x, 0.0)
             gk_t = through_u + add * (gaa_t * v_c[t] + gbb_t) + tl.where(stays, 0.0, gpp_t)
             tl.store(gk + at + t * H * X, gk_t.to(gk.dtype.element_ty))
             tl.store(gv + at + t * H * X, (now * gy_t + add * gaa_t).to(gv.dtype.element_ty))
@@ -170,7 +167,7 @@ def _rows(pointers, C: tl.constexpr, stride: tl.constexpr, wanted):
     """C rows of tokens, or zeros."""
     rows = ()
     for t in tl.static_range(C):
-        rows = rows + (tl.load(pointers + t * stride, mask=wanted, other=0.0).to(tl.float32),)
+        rows = rows + (tl.load(pointers + t * stride, mask=wanted, other=0.0).to(tl.float32),)  # noqa: RUF005
     return rows
 
 
@@ -196,7 +193,7 @@ def _weights(x, y):
 @triton.jit
 @no_type_check
 def _advance(aa, bb, pp, peak, decays, k, v, w, starts, counts):
-    """The state after a token, its scale also as `chunk.py` counts it, what its two parts were weighted with, and whether pp stayed."""
+    """The state after a token, its scale also as `chunk.py` counts it, the weights of its two parts, and whether pp stayed."""
     decayed = tl.where(starts, _EMPTY, peak) + (decays + 1) * w
     keep, add = _weights(decayed, k)
     stays = decayed > k

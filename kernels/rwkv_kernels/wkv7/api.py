@@ -5,23 +5,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .. import dispatch
 from ..pallas import kernel_backends
-from ..triton_gpu import Kernels
 from ..triton_gpu import backend as triton_backend
 from .chunk import kernel
 from .parallel import parallel
 from .reference import scan
 
-
-def _triton_kernels() -> Kernels:
-    from .triton import KERNELS  # Triton need not be installed.
-
-    return KERNELS
-
-
 _COMPILED, _INTERPRETED = kernel_backends(kernel)
 BACKENDS = {
     **_COMPILED,
-    "triton": triton_backend(kernel, _triton_kernels),
+    "triton": triton_backend("wkv7", kernel),
     "parallel": dispatch.Backend(parallel, dispatch.anything),
     "scan": dispatch.Backend(scan, dispatch.anything),
     **_INTERPRETED,
@@ -86,9 +78,9 @@ def wkv7(
         valid = jnp.arange(num_tokens) < length[:, None]
         tokens = tuple(jnp.where(valid[..., None, None], x, 0) for x in tokens)
         reset = None if reset is None else reset & valid
-    run = dispatch.choose(
-        "wkv7", BACKENDS, backend, dispatch.here(max(key_dim, v.shape[-1]), num_tokens, "float64" if dtype == jnp.float64 else r.dtype.name)
-    ).run
+    widest = "float64" if dtype == jnp.float64 else r.dtype.name
+    call = dispatch.here(max(key_dim, v.shape[-1]), num_tokens, widest)
+    run = dispatch.choose("wkv7", BACKENDS, backend, call).run
     y, new = run(*tokens, state.astype(dtype), reset, length)
     return y.astype(v.dtype), new
 

@@ -37,16 +37,16 @@ def _backward(problem: Problem, entries: Sequence[Array], gy: Array, gstate: Seq
     tokens, _, (state,), marks = problem
     block = sizes("wkv7_triton", tokens[0].shape[3]).backward
     constants = _constants(problem, block)
-    grid = _grid(problem, constants)
+    parts = constants["V"] // constants["PART"]
     outputs = [
         jax.ShapeDtypeStruct(x.shape, x.dtype)
-        if grid[0] == 1 or i == RECURRENCE.split
-        else jax.ShapeDtypeStruct((x.shape[0], grid[0], *x.shape[1:]), state.dtype)
+        if parts == 1 or i == RECURRENCE.split
+        else jax.ShapeDtypeStruct((x.shape[0], parts, *x.shape[1:]), state.dtype)
         for i, x in enumerate(tokens)
     ]
     outputs.append(jax.ShapeDtypeStruct(state.shape, state.dtype))
     inputs = (*tokens, tokens[0] if marks is None else marks, *entries, gy, *gstate)
-    return Launch(_backward_kernel, grid, inputs, tuple(outputs), constants, block.warps)
+    return Launch(_backward_kernel, _grid(problem, constants), inputs, tuple(outputs), constants, block.warps)
 
 
 KERNELS = Kernels(_forward, _backward)
@@ -54,7 +54,7 @@ KERNELS = Kernels(_forward, _backward)
 
 def _grid(problem: Problem, constants: dict[str, int | bool]) -> tuple[int, int, int]:
     batch_size, _, num_heads, _ = problem.tokens[0].shape
-    return constants["V"] // constants["PART"], num_heads, batch_size
+    return batch_size * num_heads * (constants["V"] // constants["PART"]), 1, 1  # The other axes end at 65535.
 
 
 def _constants(problem: Problem, block: Block) -> dict[str, int | bool]:
@@ -73,7 +73,7 @@ def _forward_kernel(
     N: tl.constexpr, C: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, PART: tl.constexpr,
     MARKED: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
-    part, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    part, head, row = _program(H, V // PART)
     matrix = part * PART * K + _places(PART, K, K)
     state_vk = tl.load(state + (row * H + head) * V * K + matrix)
     for n in range(N):
@@ -84,7 +84,7 @@ def _forward_kernel(
         sequence = _sequence(marks + (row * N + n) * C, C, MARKED)
         a_ck, r_ck, b_ck, k_ck, _, _, _, decay_k = _factors(r + at_k, w + at_k, k + at_k, a + at_k, b + at_k)
         v_cv = tl.load(v + at_v).to(tl.float32)
-        _, _, ak, rb, rk, _, u_cv = _solve(a_ck, r_ck, b_ck, k_ck, v_cv, state_vk, sequence, C)
+        _, _, _, rb, rk, _, u_cv = _solve(a_ck, r_ck, b_ck, k_ck, v_cv, state_vk, sequence, C)
         y_cv = _masked(sequence == 0, _dot(r_ck, state_vk.T)) + _dot(rb, u_cv) + _dot(rk, v_cv)
         tl.store(y + at_v, y_cv.to(y.dtype.element_ty))
         end = tl.max(sequence, 0)
@@ -101,7 +101,7 @@ def _backward_kernel(
     N: tl.constexpr, C: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, PART: tl.constexpr,
     MARKED: tl.constexpr,
 ):  # fmt: skip
-    part, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    part, head, row = _program(H, V // PART)
     matrix = part * PART * K + _places(PART, K, K)
     gstate_vk = tl.load(gstate_end + (row * H + head) * V * K + matrix)
     for i in range(N):
@@ -146,6 +146,14 @@ def _backward_kernel(
         tl.store(ga + out, (ga_ck * scale_a).to(ga.dtype.element_ty))
         tl.store(gb + out, (gb_ck * scale_p).to(gb.dtype.element_ty))
     tl.store(gstate + (row * H + head) * V * K + matrix, gstate_vk)
+
+
+@triton.jit
+@no_type_check
+def _program(H: tl.constexpr, PARTS: tl.constexpr):
+    """The block of value channels, the head and the row of a program."""
+    at = tl.program_id(0)
+    return at % PARTS, at // PARTS % H, (at // PARTS // H).to(tl.int64)
 
 
 @triton.jit
