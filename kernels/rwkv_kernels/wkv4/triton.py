@@ -137,7 +137,8 @@ def _backward_kernel(
             aa_x, bb_x, pp_x, peak, decays, keep, add, stays = _advance(
                 aa_x, bb_x, pp_x, peak, decays, k_c[t], v_c[t], w_x, starts, counts
             )
-            kept = kept + ((before_aa, before_bb, y_t, past * share, now * share, keep, add, stays),)  # noqa: RUF005 Triton unpacks nothing.
+            of_t = before_aa, before_bb, y_t, past * share, now * share, keep, add, stays
+            kept = kept + (of_t,)  # noqa: RUF005 - Triton knows no unpacking.
         for t in tl.static_range(C - 1, -1, -1):
             starts, counts = _mark(mark + t, MARKED)
             aa_t, bb_t, y_t, past, now, keep, add, stays = kept[t]
@@ -167,7 +168,8 @@ def _rows(pointers, C: tl.constexpr, stride: tl.constexpr, wanted):
     """C rows of tokens, or zeros."""
     rows = ()
     for t in tl.static_range(C):
-        rows = rows + (tl.load(pointers + t * stride, mask=wanted, other=0.0).to(tl.float32),)  # noqa: RUF005
+        row = tl.load(pointers + t * stride, mask=wanted, other=0.0)
+        rows = rows + (row.to(tl.float32),)  # noqa: RUF005 - Triton knows no unpacking.
     return rows
 
 
