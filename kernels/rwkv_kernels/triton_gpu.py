@@ -24,6 +24,10 @@ FITS = {(0, 3): ((0, 10), (0, 13)), (0, 4): ((0, 11), (0, 12))}
 """Releases of jax-triton, and the JAX from which on and before which each lowers: 0.4's rule for dead code is not that of JAX 0.12."""
 
 
+OPTIONS = {"num_stages": 1, "enable_fp_fusion": True}
+"""What all kernels are compiled with. Products and sums in one instruction are named because Triton 3.10 takes another default."""
+
+
 class Launch(NamedTuple):
     """One run of a Triton kernel, whose parameters are the inputs, then the outputs, as pointers, then constants."""
 
@@ -85,9 +89,9 @@ def _cannot_call() -> str | None:
         version = importlib.metadata.version("jax-triton")
     except importlib.metadata.PackageNotFoundError:
         return "needs jax-triton, which is not installed: pip install 'rwkv-jax[triton]'"
-    found, jax_found = (tuple(int(part) for part in x.split(".")[:2]) for x in (version, jax.__version__))
-    least, below = FITS.get(found, ((0,), (1,)))
-    if found < min(FITS) or not least <= jax_found < below:
+    found = _release(version)
+    least, below = FITS.get(found, ((0, 0), (1, 0)))
+    if found < min(FITS) or not least <= _release(jax.__version__) < below:
         return (
             f"jax-triton {version} and JAX {jax.__version__} do not fit: jax-triton 0.3.1 takes JAX 0.10 to 0.12 (its build for "
             "GPUs), 0.4.1 takes JAX 0.11; install one that does"
@@ -97,6 +101,11 @@ def _cannot_call() -> str | None:
     except ImportError as error:
         return f"jax-triton {version} cannot be imported with JAX {jax.__version__}: {error}"
     return None
+
+
+def _release(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
 
 
 def run(op: Recurrence, problem: Problem, *, kernels: Kernels, launcher: Launcher) -> tuple[Array, tuple[Array, ...]]:
@@ -115,16 +124,17 @@ def run(op: Recurrence, problem: Problem, *, kernels: Kernels, launcher: Launche
 
 def through_jax_triton(launch: Launch) -> tuple[Array, ...]:
     """Runs a launch on the GPU in use, or lowers it for the one that is set as the abstract mesh's."""
-    import jax_triton
+    import jax_triton  # pyright: ignore[reportMissingImports]  It need not be installed.
 
-    # The name changed, and either warns or fails where it is not known.
-    outputs = "out_type" if "out_type" in inspect.signature(jax_triton.triton_call).parameters else "out_shape"
-    return tuple(
-        jax_triton.triton_call(
-            *launch.inputs, kernel=launch.kernel, grid=launch.grid, name=launch.kernel.__name__, num_warps=launch.warps,
-            num_stages=1, compute_capability=_capability(), **{outputs: launch.outputs}, **launch.constants,
-        )
+    if "out_type" in inspect.signature(jax_triton.triton_call).parameters:
+        options: dict[str, Any] = {"out_type": launch.outputs, "backend_options": OPTIONS}
+    else:  # jax-triton 0.3
+        options = {"out_shape": launch.outputs, **OPTIONS}
+    outputs = jax_triton.triton_call(
+        *launch.inputs, kernel=launch.kernel, grid=launch.grid, name=launch.kernel.__name__, num_warps=launch.warps,
+        compute_capability=_capability(), **options, **launch.constants,
     )  # fmt: skip
+    return tuple(outputs)
 
 
 def _capability() -> int | None:

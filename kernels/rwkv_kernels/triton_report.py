@@ -4,6 +4,9 @@ It takes Triton's own compiler and ptxas, without jax-triton or CUDA, and says h
 it spills.
 """
 
+# pyright: reportMissingImports=false
+# Triton need not be installed where types are checked.
+
 import importlib.util
 import itertools
 import re
@@ -15,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .triton_gpu import Launch
+from .triton_gpu import OPTIONS, Launch
 from .wkv4.api import BACKENDS as WKV4
 from .wkv4.api import init_wkv4_state
 from .wkv7.api import BACKENDS as WKV7
@@ -115,7 +118,7 @@ def compile_launch(launch: Launch, capability: int) -> Usage:
         fn=launch.kernel, signature=pointers | dict.fromkeys(launch.constants, "constexpr"), constexprs=dict(launch.constants),
         attrs={(i,): [["tt.divisibility", 16]] for i in range(len(arrays))},
     )  # fmt: skip
-    options = {"num_warps": launch.warps, "num_stages": 1, "enable_fp_fusion": True}
+    options = {"num_warps": launch.warps, **OPTIONS}
     ptx = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
     return _assemble(ptx, capability)
 

@@ -9,6 +9,9 @@ weights of the mean y, over their denominator, and keep and add those of the sta
     gaa <- keep gaa + past gy      gbb <- keep gbb - past gy y      gpp <- [k is not] gpp
 """
 
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+# Triton need not be installed where types are checked; without it, its name is that of this file.
+
 from collections.abc import Sequence
 from typing import no_type_check
 

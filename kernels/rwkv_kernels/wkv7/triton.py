@@ -5,6 +5,9 @@ chunk, and the names of products say of which. What a program stores for the bac
 that share a head each give their part of the cotangents of all but v.
 """
 
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+# Triton need not be installed where types are checked; without it, its name is that of this file.
+
 from collections.abc import Sequence
 from typing import no_type_check
 
