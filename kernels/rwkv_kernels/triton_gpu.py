@@ -99,7 +99,7 @@ def _cannot_call() -> str | None:
     try:
         importlib.import_module("jax_triton")
     except ImportError as error:
-        return f"jax-triton {version} cannot be imported with JAX {jax.__version__}: {error}"
+        return f"jax-triton {version} cannot be imported with JAX {jax.__version__}: {' '.join(str(error).split())}"
     return None
 
 
