@@ -46,6 +46,8 @@ def call(
         "scratch_types" if renamed else "scratch_shapes": jax.tree.leaves(scratch),
         "grid": tuple(grid.values()),
         "grid_names": tuple(grid),
+        # The lane's, the default until JAX 0.11: the warpgroup's has no `where` of a scalar condition.
+        "compiler_params": plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     }
     if interpret:
         params["interpret"] = _interpreter()
