@@ -87,7 +87,9 @@ def mosaic_gpu(call: Call) -> str | None:
     if call.platform != "gpu":
         return f"needs a GPU, and the device in use is a {call.platform}"
     if call.capability is None or call.capability < 9:
-        found = "that of the device in use is not known" if call.capability is None else f"this one has {call.capability}"
+        found = (
+            "that of the device in use is not known" if call.capability is None else f"this one has {call.capability}"
+        )
         return f"needs an NVIDIA GPU of compute capability 9.0 (Hopper) or later, and {found}"
     if call.dtype == "float64":
         return "holds tokens in bfloat16, float16 or float32, and these are float64"

@@ -20,7 +20,13 @@ def like(x: Array) -> jax.ShapeDtypeStruct:
 
 
 def call(
-    kernel: Callable[..., None], name: str, inputs: Any, outputs: Any, grid: dict[str, int], interpret: bool, scratch: Any = None
+    kernel: Callable[..., None],
+    name: str,
+    inputs: Any,
+    outputs: Any,
+    grid: dict[str, int],
+    interpret: bool,
+    scratch: Any = None,
 ) -> Any:
     """Returns the outputs of kernel(inputs, outputs, scratch), called with trees of references, as a tree of arrays.
 

@@ -66,7 +66,9 @@ def forward(op: Recurrence, problem: Problem, interpret: bool, *, save: bool) ->
 
     states = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in problem.state)
     entries = _entries(problem, num_chunks) if save else ()
-    return call(kernel, f"{op.name}_forward", problem, (like(problem.tokens[0]), states, entries), _grid(problem), interpret)
+    return call(
+        kernel, f"{op.name}_forward", problem, (like(problem.tokens[0]), states, entries), _grid(problem), interpret
+    )
 
 
 def backward(

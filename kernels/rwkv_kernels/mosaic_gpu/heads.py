@@ -64,7 +64,9 @@ def forward(op: Recurrence, problem: Problem, interpret: bool, *, save: bool) ->
         final_ref[b, h, rows] = lax.fori_loop(0, tile.num_chunks, body, tile.hint(start[...]))
 
     (state,), v = problem.state, problem.tokens[op.split]
-    entries = (jax.ShapeDtypeStruct((*state.shape[:2], tile.num_chunks, *state.shape[2:]), state.dtype),) if save else ()
+    entries = (
+        (jax.ShapeDtypeStruct((*state.shape[:2], tile.num_chunks, *state.shape[2:]), state.dtype),) if save else ()
+    )
     scratch = (
         tile.parts(problem.tokens, tile.by_row), *tile.parts([v], [True]), tile.matrix(),
         plgpu.Barrier(num_arrivals=len(problem.tokens)), plgpu.Barrier(),
@@ -139,7 +141,13 @@ def backward(
         tile.matrix(groups), plgpu.Barrier(num_arrivals=len(problem.tokens) + 1), plgpu.Barrier(),
     )  # fmt: skip
     gtokens, gstate = call(
-        kernel, f"{op.name}_backward", (problem, entries, gy, gfinal), (gtokens, like(state)), tile.grid, interpret, scratch
+        kernel,
+        f"{op.name}_backward",
+        (problem, entries, gy, gfinal),
+        (gtokens, like(state)),
+        tile.grid,
+        interpret,
+        scratch,
     )
     gtokens = tuple(
         g if tile.alone(by_row) else g.reshape(tile.programs, *x.shape).sum(0).astype(x.dtype)
@@ -155,7 +163,11 @@ class _Tile:
         self.op, self.interpret = op, interpret
         (state,) = problem.state
         self.batch_size, num_heads, values, self.keys = state.shape
-        self.wide, self.num_chunks, self.programs = state.dtype, problem.tokens[0].shape[1] // op.num_tokens, values // ROWS
+        self.wide, self.num_chunks, self.programs = (
+            state.dtype,
+            problem.tokens[0].shape[1] // op.num_tokens,
+            values // ROWS,
+        )
         self.by_row = [i == op.split for i in range(len(problem.tokens))]
         self.grid = {"b": self.batch_size, "h": num_heads, "n": self.programs}
 
