@@ -36,9 +36,9 @@ _KERNELS = [
     *itertools.product(OPS, ["pallas_tpu"], hardware.TPUS),
 ]
 CASES = [
-    Case(*kernel, head_dim, dtype)
-    for kernel, head_dim, dtype in itertools.product(_KERNELS, (64, 128), ("bfloat16", "float32"))
-    if kernel[0] != "wkv4" or head_dim == 64  # It has no heads; its channels are cut into blocks of one size.
+    Case(op, backend, target, head_dim, dtype)
+    for (op, backend, target), head_dim, dtype in itertools.product(_KERNELS, (64, 128), ("bfloat16", "float32"))
+    if op != "wkv4" or head_dim == 64  # It has no heads; its channels are cut into blocks of one size.
 ]
 BACKENDS = tuple(dict.fromkeys(backend for _, backend, _ in _KERNELS))
 

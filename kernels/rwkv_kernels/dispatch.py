@@ -98,7 +98,7 @@ def mosaic_gpu(call: Call) -> str | None:
 
 def mosaic_gpu_interpreted(call: Call) -> str | None:
     """The `why_not` of the same in JAX's interpreter of GPU kernels."""
-    return _cannot_import("jax._src.pallas.mosaic_gpu.interpret.params") or heads_fit("gpu", call)
+    return _cannot_import("jax.experimental.pallas.mosaic_gpu") or heads_fit("gpu", call)
 
 
 def tpu(call: Call) -> str | None:

@@ -45,7 +45,8 @@ def _differentiable(op: Recurrence, interpret: bool) -> Any:
 
     def walk_bwd(residuals, cotangents):
         problem, entries = residuals
-        return (Problem(*form.backward(op, problem, entries, *cotangents, interpret), None),)
+        gtokens, gshared, gstate = form.backward(op, problem, entries, *cotangents, interpret)
+        return (Problem(gtokens, gshared, gstate, None),)
 
     walk.defvjp(walk_fwd, walk_bwd)
     return walk

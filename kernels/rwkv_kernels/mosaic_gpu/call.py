@@ -66,14 +66,17 @@ def lying(x: Any, layout: Any, interpret: bool) -> Any:
 
 
 def written_out(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Returns function(*arguments) without the primitives of differentiation, which has been done and which Mosaic GPU does not lower."""
+    """Returns function(*arguments) without the primitives of differentiation, which is done: Mosaic GPU does not lower them."""
     jaxpr, shape = jax.make_jaxpr(function, return_shape=True)(*arguments)
     return jax.tree.unflatten(jax.tree.structure(shape), _evaluate(jaxpr, jax.tree.leaves(arguments)))
 
 
 def _evaluate(closed: ClosedJaxpr, arguments: Sequence[Any]) -> list[Any]:
     values = dict(zip((*closed.jaxpr.constvars, *closed.jaxpr.invars), (*closed.consts, *arguments), strict=True))
-    read = lambda x: x.val if isinstance(x, Literal) else values[x]
+
+    def read(x: Any) -> Any:
+        return x.val if isinstance(x, Literal) else values[x]
+
     for equation in closed.jaxpr.eqns:
         inputs = [read(x) for x in equation.invars]
         match equation.primitive.name:
@@ -82,7 +85,7 @@ def _evaluate(closed: ClosedJaxpr, arguments: Sequence[Any]) -> list[Any]:
             case "add_any":  # Of cotangents.
                 outputs = [jnp.add(*inputs)]
             case "reshape":  # It names a sharding where a mesh is set.
-                outputs = [jnp.reshape(*inputs, equation.params["new_sizes"])]
+                outputs = [jnp.reshape(inputs[0], equation.params["new_sizes"])]
             case "custom_jvp_call":
                 outputs = _evaluate(equation.params["call_jaxpr"], inputs)
             case "jit":
@@ -95,8 +98,9 @@ def _evaluate(closed: ClosedJaxpr, arguments: Sequence[Any]) -> list[Any]:
 
 
 def _interpreter() -> Any:
-    if hasattr(plgpu, "InterpretGPUParams"):
-        return plgpu.InterpretGPUParams()
-    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # JAX exports it since 0.11.
+    public = getattr(plgpu, "InterpretGPUParams", None)  # Since JAX 0.11.
+    if public is not None:
+        return public()
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
     return InterpretGPUParams()

@@ -90,8 +90,7 @@ def backward(
             entry = tuple(ref[b, h, i] for ref in entry_refs)
             cotangents = _rows(op, gy_ref, i, gstate[0].dtype), gstate
             chunk, *arguments = _chunk(op, inputs, weights, entry, i)
-            pull = lambda cotangents, *arguments: jax.vjp(chunk, *arguments)[1](cotangents)
-            gtokens, gweights, gstate = written_out(pull, cotangents, *arguments)
+            gtokens, gweights, gstate = written_out(partial(_pull, chunk), cotangents, *arguments)
             for ref, rows in zip(gtoken_refs, gtokens, strict=True):
                 _put(op, ref, rows, i)
             return gstate, jax.tree.map(jnp.add, gshared, gweights)
@@ -116,6 +115,11 @@ def _chunk(op: Recurrence, refs: Problem, weights: Any, state: Any, i: Any) -> t
         marks = tuple(refs.marks[lax.axis_index("b"), i * op.num_tokens + t] for t in range(op.num_tokens))
     tokens = tuple(_rows(op, ref, i, state[0].dtype) for ref in refs.tokens)
     return partial(op.chunk, marks=marks), tokens, weights, state
+
+
+def _pull(function: Any, cotangents: Any, *arguments: Any) -> Any:
+    """The arguments' cotangents."""
+    return jax.vjp(function, *arguments)[1](cotangents)
 
 
 def _rows(op: Recurrence, ref: Any, i: Any, dtype: Any) -> tuple[Array, ...]:

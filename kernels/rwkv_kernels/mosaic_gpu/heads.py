@@ -53,7 +53,7 @@ def forward(op: Recurrence, problem: Problem, interpret: bool, *, save: bool) ->
 
             def token(t, state):
                 state = tile.cut(inputs.marks, i, t, state)
-                y, state = op.step.forward(tile.tokens(token_parts, t), state, tile.spread)
+                y, state = tile.step.forward(tile.tokens(token_parts, t), state, tile.spread)
                 y_part[t] = y.astype(y_part.dtype)
                 return state
 
@@ -63,7 +63,7 @@ def forward(op: Recurrence, problem: Problem, interpret: bool, *, save: bool) ->
 
         final_ref[b, h, rows] = lax.fori_loop(0, tile.num_chunks, body, tile.hint(start[...]))
 
-    (state,), v = problem.state, problem.tokens[op.split]
+    (state,), v = problem.state, problem.tokens[tile.split]
     entries = (
         (jax.ShapeDtypeStruct((*state.shape[:2], tile.num_chunks, *state.shape[2:]), state.dtype),) if save else ()
     )
@@ -101,7 +101,7 @@ def backward(
 
             def step(t, state):
                 state = tile.cut(problem.marks, i, t, state)
-                return op.step.forward(tile.tokens(token_parts, t), state, tile.spread)[1]
+                return tile.step.forward(tile.tokens(token_parts, t), state, tile.spread)[1]
 
             def keep(j, state):
                 for n in range(_GROUP):
@@ -117,7 +117,7 @@ def backward(
                         state = step(j * _GROUP + earlier, state)
                     state = tile.cut(problem.marks, i, t, state)
                     gy = tile.token(gy_part, t, 0)
-                    gtokens, gstate = op.step.backward(tile.tokens(token_parts, t), state, gy, gstate, tile.spread)
+                    gtokens, gstate = tile.step.backward(tile.tokens(token_parts, t), state, gy, gstate, tile.spread)
                     for part, g in zip(gtoken_parts, gtokens, strict=True):
                         part[t] = g.astype(part.dtype)
                     gstate = tile.cut(problem.marks, i, t, gstate)
@@ -160,7 +160,8 @@ class _Tile:
     """A program's part of the arrays, and how its threads hold it; the grid is (B, H, programs of a head)."""
 
     def __init__(self, op: Recurrence, problem: Problem, interpret: bool):
-        self.op, self.interpret = op, interpret
+        assert op.step is not None and op.split is not None
+        self.op, self.step, self.split, self.interpret = op, op.step, op.split, interpret
         (state,) = problem.state
         self.batch_size, num_heads, values, self.keys = state.shape
         self.wide, self.num_chunks, self.programs = (
