@@ -86,11 +86,9 @@ def mosaic_gpu(call: Call) -> str | None:
     """The `why_not` of Pallas kernels that Mosaic GPU compiles, which JAX keeps when it drops the lowering through Triton."""
     if call.platform != "gpu":
         return f"needs a GPU, and the device in use is a {call.platform}"
-    if call.capability is None or call.capability < 9:
-        found = (
-            "that of the device in use is not known" if call.capability is None else f"this one has {call.capability}"
-        )
-        return f"needs an NVIDIA GPU of compute capability 9.0 (Hopper) or later, and {found}"
+    if call.capability is None or not 9 <= call.capability < 12:
+        found = "that of the one in use is not known" if call.capability is None else f"this one has {call.capability}"
+        return f"needs the shared memory of an NVIDIA GPU of compute capability 9.0 (Hopper) to 11, and {found}"
     if call.dtype == "float64":
         return "holds tokens in bfloat16, float16 or float32, and these are float64"
     return _cannot_import("jax.experimental.pallas.mosaic_gpu") or heads_fit("gpu", call)
