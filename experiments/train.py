@@ -15,7 +15,6 @@ import signal
 import sys
 import time
 from collections.abc import Collection
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from report import bits_per_byte, report, second_held_out
+from steps import make_step
 from tqdm import tqdm
 
 import rwkv_jax
@@ -151,15 +151,7 @@ def run(settings: config.Settings, base: Any, mesh: Mesh) -> None:
         report(*assemble(state.params, frozen), settings, streams, other, mesh)
         return
 
-    step_fn = jax.jit(
-        partial(
-            train.train_step, config=model, optimizer=optimizer, l2wrap=settings.optim.l2wrap,
-            accumulate=settings.optim.accumulate, loss_chunk=settings.optim.loss_chunk,
-            segment=settings.optim.segment, bptt=settings.optim.bptt, backend=run.backend, assemble=assemble,
-        ),
-        donate_argnums=0,
-        out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
-    )  # fmt: skip
+    step_fn = make_step(settings, optimizer, jax.tree.map(lambda x: x.sharding, state))
     log = run_log.RunLog(folder, first_step) if is_main else None
     bar = tqdm(
         total=run.steps, initial=first_step, desc="training", unit="step", dynamic_ncols=True, disable=not is_main
