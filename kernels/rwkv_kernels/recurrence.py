@@ -13,6 +13,18 @@ from jax import lax
 from jaxtyping import Array, Bool, Int
 
 
+class Step(NamedTuple):
+    """One token of one head, as functions of arrays [V, K]: every token's are spread over the rows or columns of the state.
+
+    `spread(x)` does that with a sum over key channels, [V].
+    """
+
+    forward: Callable[..., Any]
+    """forward(tokens, state, spread) -> (y [V], state after the token)."""
+    backward: Callable[..., Any]
+    """backward(tokens, state before the token, gy, gstate after it, spread) -> (gtokens, gstate): [K] each, or [V] for values."""
+
+
 class Recurrence(NamedTuple):
     """An op, as its kernels see it: heads with a token of X numbers from each of several arrays, and a state."""
 
@@ -30,6 +42,8 @@ class Recurrence(NamedTuple):
     """Whether a chunk is handed over token by token, because its tokens depend on each other."""
     split: int | None
     """Which array of tokens has value channels, which the rows of the state and y share and which do not mix; None: none."""
+    step: Step | None = None
+    """One token of an op whose state is a matrix, for kernels that hold it in registers."""
 
 
 class Problem(NamedTuple):
@@ -62,6 +76,12 @@ def sequence_of(reset: Array, num_tokens: int) -> Int[Array, "B T"]:
     """Returns how many sequences have started in its chunk at each token, T being whole chunks of `num_tokens`."""
     chunks = reset.reshape(reset.shape[0], -1, num_tokens)
     return jnp.cumsum(chunks.astype(jnp.int32), -1).reshape(reset.shape)
+
+
+def starts_of(sequence: Array, num_tokens: int) -> Int[Array, "B T"]:
+    """Returns the reverse of `sequence_of`: 1 where a sequence starts."""
+    chunks = sequence.reshape(sequence.shape[0], -1, num_tokens)
+    return jnp.diff(chunks, axis=-1, prepend=0).reshape(sequence.shape)
 
 
 def dot(a: Array, b: Array, contract: tuple[int, int] = (1, 0)) -> Array:

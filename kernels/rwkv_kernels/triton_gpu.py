@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from . import dispatch, hardware
+from . import dispatch
 from .pallas import LEAST_TOKENS
 from .recurrence import Problem, Recurrence
 
@@ -126,25 +126,16 @@ def through_jax_triton(launch: Launch) -> tuple[Array, ...]:
     """Runs a launch on the GPU in use, or lowers it for the one that is set as the abstract mesh's."""
     import jax_triton  # pyright: ignore[reportMissingImports]  It need not be installed.
 
+    capability = dispatch.here().capability  # Where that is not known, jax-triton asks the device.
     if "out_type" in inspect.signature(jax_triton.triton_call).parameters:
         options: dict[str, Any] = {"out_type": launch.outputs, "backend_options": OPTIONS}
     else:  # jax-triton 0.3
         options = {"out_shape": launch.outputs, **OPTIONS}
     outputs = jax_triton.triton_call(
         *launch.inputs, kernel=launch.kernel, grid=launch.grid, name=launch.kernel.__name__, num_warps=launch.warps,
-        compute_capability=_capability(), **options, **launch.constants,
+        compute_capability=capability and round(10 * capability), **options, **launch.constants,
     )  # fmt: skip
     return tuple(outputs)
-
-
-def _capability() -> int | None:
-    """The compute capability to compile for, as jax-triton counts; None leaves it to find that of the device."""
-    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    if abstract is None:
-        known = dispatch.here().capability
-        return None if known is None else round(10 * known)
-    described = (gpu.capability for gpu in hardware.GPUS.values() if gpu.name == abstract.device_kind)
-    return next((10 * major + minor for major, minor in described), None)
 
 
 @functools.cache

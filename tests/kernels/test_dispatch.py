@@ -1,6 +1,7 @@
 """Which backend is chosen where, and what is said of the others."""
 
 import importlib.metadata
+import sys
 
 import jax
 import numpy as np
@@ -39,6 +40,12 @@ def test_the_best_backend_is_chosen(call, name):
         ("pallas_gpu", Call("cpu"), "pallas_gpu: needs a GPU, and the device in use is a cpu"),
         ("pallas_gpu", Call("gpu", 7.5), "this one has 7.5"),
         ("pallas_gpu", Call("gpu", 8.0, 192), "a head has 192 channels; this kernel holds at most 128"),
+        ("mosaic_gpu", Call("cpu"), "mosaic_gpu: needs a GPU, and the device in use is a cpu"),
+        ("mosaic_gpu", Call("gpu", 8.0), "compute capability 9.0 (Hopper) to 11, and this one has 8.0"),
+        ("mosaic_gpu", Call("gpu"), "9.0 (Hopper) to 11, and that of the one in use is not known"),
+        ("mosaic_gpu", Call("gpu", 12.0), "this one has 12.0"),
+        ("mosaic_gpu", Call("gpu", 9.0, 192), "a head has 192 channels; this kernel holds at most 128"),
+        ("mosaic_gpu", Call("gpu", 9.0, 64, 64, "float64"), "float32, and these are float64"),
         ("triton", Call("cpu"), "triton: needs a GPU, and the device in use is a cpu"),
         (
             "triton",
@@ -86,12 +93,15 @@ def test_triton_says_which_jax_triton_and_jax_fit(monkeypatch, installed, jax_ve
     assert reason in BACKENDS["triton"].why_not(Call("gpu", 9.0, 64))
 
 
-def test_triton_is_chosen_where_pallas_kernels_for_gpus_cannot_be(monkeypatch):
+def test_other_kernels_take_over_where_pallas_has_no_triton(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)
+    monkeypatch.setattr(triton_gpu, "_cannot_call", lambda: "needs jax-triton")
+    assert chosen(Call("gpu", 9.0, 64, 4096)) == "mosaic_gpu"
+    assert chosen(Call("gpu", 8.0, 64, 4096)) == "parallel"
     monkeypatch.setattr(triton_gpu, "_cannot_call", lambda: None)
-    monkeypatch.setattr(dispatch, "_cannot_import", lambda module: f"needs {module}")
-    assert chosen(Call("gpu", 9.0, 64, 4096)) == "triton"
-    assert chosen(Call("gpu", 9.0, 64, 1)) == "parallel"
-    assert "192 channels" in BACKENDS["triton"].why_not(Call("gpu", 9.0, 192))
+    assert chosen(Call("gpu", 8.0, 64, 4096)) == "triton"
+    assert chosen(Call("gpu", 8.0, 64, 1)) == "parallel"
+    assert "192 channels" in BACKENDS["triton"].why_not(Call("gpu", 8.0, 192))
 
 
 def test_a_named_kernel_takes_a_single_token():

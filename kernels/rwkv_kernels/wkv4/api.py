@@ -11,7 +11,7 @@ from .chunk import kernel
 from .parallel import parallel
 from .reference import EMPTY, WKV4State, scan
 
-_COMPILED, _INTERPRETED = kernel_backends(kernel)
+_COMPILED, _INTERPRETED = kernel_backends(kernel, mosaic=True)
 BACKENDS = {
     **_COMPILED,
     "triton": triton_backend("wkv4", kernel),

@@ -10,7 +10,7 @@ from .chunk import kernel
 from .parallel import parallel
 from .reference import scan
 
-_COMPILED, _INTERPRETED = kernel_backends(kernel)
+_COMPILED, _INTERPRETED = kernel_backends(kernel, mosaic=True)
 BACKENDS = {
     **_COMPILED,
     "triton": triton_backend("wkv7", kernel),

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ..recurrence import Problem, Recurrence, Run, dot, grid, pad_channels, pad_tokens, sequence_of
+from .step import STEP
 
 
 def kernel(run: Run, r, w, k, v, a, b, state, reset, length) -> tuple[Array, Array]:
@@ -74,5 +75,5 @@ def _inverse_jvp(primals, tangents):
     return inverse, dot(dot(inverse, *tangents), inverse)
 
 
-RECURRENCE = Recurrence("wkv7", chunk, num_tokens=16, by_row=False, split=3)
+RECURRENCE = Recurrence("wkv7", chunk, num_tokens=16, by_row=False, split=3, step=STEP)
 """16 is the least that a matrix unit multiplies; no factor exceeds e^{0.6066 * 16}."""
