@@ -19,12 +19,12 @@ SPILLS = {("wkv4", 64): 0, ("wkv7", 16): 0, ("wkv7", 64): 64}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("op", ["wkv4", "wkv7"])
-def test_interpreted_kernels_pass_every_test_of_a_backend_but_the_longest(op):
+def test_interpreted_kernels_pass_every_test_of_a_backend(op):
     if reason := triton_report.why_not("torch"):
         pytest.skip(reason)
-    # Triton reads the variable when it is imported, so this is a process of its own. Its interpreter is too slow for 4096 tokens.
+    # Triton reads the variable when it is imported, so this is a process of its own.
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "tests")}
-    only = ["-p", "triton_interpreter", "-m", "", "-k", "triton_interpreted and not 4096_tokens"]
+    only = ["-p", "triton_interpreter", "-m", "", "-k", "triton_interpreted"]
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", *only, f"tests/kernels/test_{op}.py"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
