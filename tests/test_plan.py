@@ -1,6 +1,7 @@
 """The planner: collectives read off a program, and a plan of a small run for absent hardware."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 from rwkv_kernels import hardware
 from scripts import ROOT
 
+import rwkv_jax
 from experiments.hlo import collectives
 
 PROGRAM = """HloModule step
@@ -49,7 +51,7 @@ def plan(*arguments):
 
 def test_without_the_compilers_it_says_what_makes_them():
     if hardware.why_not() is None:
-        pytest.skip("the compilers are here")
+        pytest.skip("says what is missing, and nothing is here")
     done = plan("--target", "h200:1x8", "--cfg", "experiments/configs/quickstart.toml")
     assert done.returncode == 1 and ".venv-aot/bin/pip install" in done.stderr
 
@@ -61,6 +63,9 @@ def test_a_plan_has_the_bytes_of_sharded_parameters_and_a_target_that_is_too_sma
     done = plan("--target", "a100:1x8", *small, "--model.embed_dim", "1024")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "fsdp 8" in done.stdout and ": fits" in done.stdout and "all-gather" in done.stdout
+    model = rwkv_jax.RWKV4Config(vocab_size=256, num_layers=6, embed_dim=1024)
+    (said,) = re.findall(r"  parameters +([\d.]+)\n", done.stdout)
+    assert float(said) == pytest.approx(4 * rwkv_jax.count_params(model) / 8 / 2**30, abs=0.006)
     refused = plan("--target", "a100:8", *small)
     assert refused.returncode == 1 and "it must be h200:4x8" in refused.stderr
     large = plan(

@@ -79,8 +79,10 @@ def test_the_chunked_loss_holds_no_more_for_a_longer_text():
     assert sizes[1] - sizes[0] < 960 * 4096  # One byte for each logit more; the logits would be four and more.
 
 
-def test_segments_give_the_gradient_of_the_whole_row(x64):
+@pytest.mark.parametrize("length", [None, [24, 13]])
+def test_segments_give_the_gradient_of_the_whole_row(length, x64):
     state, batch, step = start(SMALL["rwkv4"])
+    batch = (*batch, length if length is None else jnp.array(length))
     whole, metrics, _ = gradient(state, batch, step)
     parts, own, _ = gradient(state, batch, partial(step, segment=SEGMENT, loss_chunk=3))
     assert_close(parts, whole, rtol=1e-8)

@@ -10,9 +10,10 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from scripts import ROOT
+from small_models import RWKV, SMALL
 
 import rwkv_jax
-from rwkv_jax import config, distributed, sharding
+from rwkv_jax import config, distributed, finetune, sharding
 from rwkv_jax.models import module_of
 from rwkv_jax.sharding import AXES, MeshConfig
 
@@ -50,15 +51,14 @@ def test_eight_devices_train_and_generate_as_one_and_exchange_what_they_must(nam
         assert result["learned"] > 0.3, kind
         assert result["same text"], kind
     if "data" in found:  # Parameters are whole everywhere, and only gradients and the loss are summed.
-        assert set(found["data"]["collectives"]) == {"all-reduce"}
+        assert found["data"]["collectives"].keys() == {"all-reduce"}
     if "fsdp" in found:
-        assert set(found["fsdp"]["collectives"]) <= {"all-gather", "all-reduce", "reduce-scatter"}
-        assert found["fsdp"]["collectives"]["all-gather"] > 0
-    if (
-        "sequence" in found
-    ):  # Neighbours exchange a token, and states are composed; the one gather is of foreign tokens' marks.
-        assert found["sequence"]["collectives"].pop("all-gather", 0) <= 1
-        assert set(found["sequence"]["collectives"]) == {"all-reduce", "collective-permute"}
+        assert {"all-gather"} <= found["fsdp"]["collectives"].keys() <= {"all-gather", "all-reduce", "reduce-scatter"}
+    if "sequence" in found:
+        # Neighbours exchange a token, and states are composed; what is gathered is marks of tokens.
+        _, gathered = found["sequence"]["collectives"].pop("all-gather", (0, 0))
+        assert gathered <= 4 * 8 * 32
+        assert found["sequence"]["collectives"].keys() == {"all-reduce", "collective-permute"}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -74,10 +74,11 @@ def test_under_fsdp_no_parameter_of_a_shipped_config_above_1_mb_is_whole_on_a_de
 
 
 def test_the_table_has_every_axis_that_a_model_declares():
-    for model in (rwkv_jax.RWKV4Config, rwkv_jax.RWKV5Config, rwkv_jax.RWKV6Config, rwkv_jax.RWKV7Config):
-        own = model(vocab_size=256, num_layers=2, embed_dim=64)
-        axes = {axis for param in jax.tree.leaves(module_of(own).declare(own)) for axis in param.axes}
-        assert axes <= sharding.RULES.keys()
+    for name, model in SMALL.items():
+        methods = ("all", "lora", "state") if name in RWKV else ("all",)
+        for method in methods:
+            declared = finetune.declare(finetune.FinetuneConfig(method=method, init_from="x"), model)
+            assert {axis for param in jax.tree.leaves(declared) for axis in param.axes} <= sharding.RULES.keys()
 
 
 def test_an_axis_of_a_mesh_that_does_not_divide_a_parameter_is_named_with_it():
@@ -105,6 +106,7 @@ def test_sizes_that_do_not_multiply_to_the_devices_are_refused(sizes, message):
         ({"fsdp": -1}, "only one axis can be -1"),
         ({"coordinator": "host:1234"}, "go together; give all three"),
         ({"num_processes": 2, "process_id": 0}, "go together; give all three"),
+        ({"coordinator": "host", "num_processes": 2, "process_id": 0}, "'host'; it must be HOST:PORT"),
         ({"timeout": 0}, "mesh.timeout is 0; it must be at least 1 second"),
     ],
 )
@@ -113,11 +115,17 @@ def test_meshes_that_cannot_be_are_refused(fields, message):
         MeshConfig(**fields)
 
 
-def test_a_batch_that_the_mesh_does_not_divide_is_refused(unchecked):
-    with pytest.raises(
-        ValueError, match=r"data.batch_size is 6; it must be a multiple of mesh.data x mesh.fsdp, 2 x 2"
-    ):
-        distributed.rows_here(abstract_mesh(data=2, fsdp=2), 6)
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ((6, 1, 64), r"data.batch_size is 6; it must be a multiple of .*, 2 x 2 x 1"),
+        ((4, 2, 64), r"data.batch_size is 4; it must be a multiple of .*, 2 x 2 x 2"),
+        ((4, 1, 65), r"mesh.sequence is 2; it must divide the 65 tokens"),
+    ],
+)
+def test_a_batch_that_the_mesh_does_not_divide_is_refused(batch, message):
+    with pytest.raises(ValueError, match=message):
+        sharding.check_batch(abstract_mesh(data=2, fsdp=2, sequence=2), *batch)
 
 
 def test_a_coordinator_that_does_not_answer_is_named_in_time():
