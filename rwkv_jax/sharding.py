@@ -125,9 +125,12 @@ def describe(mesh: Mesh | AbstractMesh) -> str:
 
 
 def check_batch(mesh: Mesh | AbstractMesh, batch_size: int, accumulate: int, num_tokens: int) -> None:
-    """Raises ValueError unless the mesh divides a batch, in `accumulate` parts, and the tokens that a row has at once."""
+    """Raises ValueError unless the mesh divides each of the `accumulate` parts of a batch, and the tokens that a row has at once.
+
+    Whether `accumulate` divides the batch is for `train_step` to say.
+    """
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch_size % (parts * accumulate):
+    if batch_size % accumulate == 0 and batch_size // accumulate % parts:
         raise ValueError(
             f"data.batch_size is {batch_size}; it must be a multiple of mesh.data x mesh.fsdp x optim.accumulate, "
             f"{mesh.shape['data']} x {mesh.shape['fsdp']} x {accumulate}"

@@ -39,13 +39,20 @@ def ended(processes):
     return [process.communicate(timeout=240)[0] for process in processes]
 
 
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """What a run of one device logs that is never interrupted."""
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    done = subprocess.run(command(TEXTS, folder, *EVERY_20), env=environment(1), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return rows(folder)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("count", "mesh"), [(2, {}), (4, {"--mesh.tensor": "2"})])
-def test_processes_of_which_one_is_killed_end_and_one_process_resumes_as_if_nothing_had_been(count, mesh, tmp_path):
-    straight = subprocess.run(
-        command(TEXTS, tmp_path / "straight", *EVERY_20), env=environment(1), capture_output=True, text=True
-    )
-    assert straight.returncode == 0, straight.stderr
+def test_processes_of_which_one_is_killed_end_and_one_process_resumes_as_if_nothing_had_been(
+    count, mesh, straight, tmp_path
+):
     folder = tmp_path / "killed"
     # The checkpoint at 20 is whole, and the next one, at 40, is never reached.
     cut = ["--mesh.data", "2", "--mesh.fsdp", "2", *(word for pair in mesh.items() for word in pair)]
@@ -68,7 +75,7 @@ def test_processes_of_which_one_is_killed_end_and_one_process_resumes_as_if_noth
     )
     assert resumed.returncode == 0, resumed.stderr
     assert f"step 20 of {STEPS}" in resumed.stdout
-    expected, found = rows(tmp_path / "straight"), rows(folder)
+    expected, found = straight, rows(folder)
     assert [row["step"] for row in found] == list(range(1, STEPS + 1))
     for own, other in zip(found, expected, strict=True):
         assert own["loss"] == pytest.approx(other["loss"], rel=1e-5)

@@ -119,7 +119,7 @@ def test_meshes_that_cannot_be_are_refused(fields, message):
     ("batch", "message"),
     [
         ((6, 1, 64), r"data.batch_size is 6; it must be a multiple of .*, 2 x 2 x 1"),
-        ((4, 2, 64), r"data.batch_size is 4; it must be a multiple of .*, 2 x 2 x 2"),
+        ((6, 2, 64), r"data.batch_size is 6; it must be a multiple of .*, 2 x 2 x 2"),
         ((4, 1, 65), r"mesh.sequence is 2; it must divide the 65 tokens"),
     ],
 )
