@@ -40,7 +40,7 @@ ROWS, TOKENS, STEPS = 8, 32, 20
 
 def run(config, batches, mesh):
     """Returns the first gradient, the losses of all steps, and the compiled step's collectives: executions and bytes."""
-    optimizer = optax.chain(optax.trace(decay=0), optax.adam(1e-2, eps=1e-8))  # The trace holds the gradient.
+    optimizer = optax.chain(optax.trace(decay=0), optax.adam(3e-3, eps=1e-8))  # The trace holds the gradient.
     declaration = module_of(config).declare(config)
     state = train.init_train_state(jax.random.key(0), config, optimizer, mesh=mesh, declaration=declaration)
     step = partial(train.train_step, config=config, optimizer=optimizer, l2wrap=1e-4, accumulate=1, loss_chunk=5)

@@ -27,7 +27,10 @@ PROGRAM = """HloModule step
 ENTRY %main (p: f32[8]) -> f32[8] {
   %collective-permute-start = (f32[16]{0}, f32[16]{0}, u32[], u32[]) collective-permute-start(%p), source_target_pairs={{0,1}}
   %while.1 = (s32[], f32[8]) while(%y), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"3"}}
-  %reduce-scatter = f32[2]{0} reduce-scatter(%p), dimensions={0}
+  %reduce-scatter = f32[2]{0} reduce-scatter(%p), channel_id=1, dimensions={0}
+  %reduce-scatter.1 = f32[2]{0} reduce-scatter(%q), channel_id=1, dimensions={0}
+  %all-to-all.1 = f32[4]{0} all-to-all(%p), channel_id=2, frontend_attributes={chain_id="0"}
+  %all-to-all.2 = f32[4]{0} all-to-all(%p), channel_id=2, frontend_attributes={chain_id="0"}
 }
 """
 
@@ -35,7 +38,8 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 def test_collectives_are_counted_with_their_loops_and_results():
     assert collectives(PROGRAM) == {
         "collective-permute": (1, 64),
-        "reduce-scatter": (1, 8),
+        "reduce-scatter": (2, 16),
+        "all-to-all": (1, 16),
         "all-gather": (3, 3 * (128 + 24)),
         "all-reduce": (15, 15 * 32),
     }
