@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from rwkv_kernels import hardware
-from scripts import ROOT
+from scripts import COMPILING, ROOT
 
 import rwkv_jax
 from experiments.hlo import collectives
@@ -58,6 +58,45 @@ def test_without_the_compilers_it_says_what_makes_them():
         pytest.skip("says what is missing, and nothing is here")
     done = plan("--target", "h200:1x8", "--cfg", "experiments/configs/quickstart.toml")
     assert done.returncode == 1 and ".venv-aot/bin/pip install" in done.stderr
+
+
+STEP = """
+import sys
+from functools import partial
+import jax, numpy as np, optax
+import rwkv_jax
+from rwkv_jax import train
+
+def status(field):
+    lines = open("/proc/self/status").read().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
+
+config = rwkv_jax.RWKV4Config(vocab_size=4096, num_layers=4, embed_dim=256)
+optimizer = optax.adam(1e-3)
+state = train.init_train_state(jax.random.key(0), config, optimizer)
+tokens = jax.numpy.asarray(np.random.default_rng(0).integers(0, 4096, (8, 512)), "int32")
+step = jax.jit(partial(train.train_step, config=config, optimizer=optimizer, l2wrap=1e-4), donate_argnums=0)
+compiled = step.lower(state, tokens, tokens, None).compile()
+memory = compiled.memory_analysis()
+jax.block_until_ready(state)
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")
+before = status("VmRSS")
+state = jax.block_until_ready(compiled(state, tokens, tokens, None))
+print(memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes, status("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc")
+def test_what_the_compiler_says_of_memory_is_what_a_step_takes():
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    done = subprocess.run(
+        [sys.executable, "-c", STEP], capture_output=True, text=True, env=COMPILING | {"PYTHONPATH": path}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    planned, taken = map(int, done.stdout.split())
+    assert 0.85 < taken / planned < 1.15
 
 
 @pytest.mark.aot

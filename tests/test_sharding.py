@@ -25,6 +25,18 @@ def abstract_mesh(data=1, fsdp=1, tensor=1, sequence=1):
     return AbstractMesh((data, fsdp, tensor, sequence), AXES, axis_types=(AxisType.Auto,) * 4)
 
 
+def run(arguments):
+    """What Python prints with eight devices."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")])
+    done = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True,
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "meshes"),
@@ -35,15 +47,7 @@ def abstract_mesh(data=1, fsdp=1, tensor=1, sequence=1):
 )  # fmt: skip
 def test_eight_devices_train_and_generate_as_one_and_exchange_what_they_must(name, meshes):
     """The other pairs: `XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/eight_devices.py rwkv7`."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("eight_devices.py")), name, *meshes],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path},
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
+    found = json.loads(run([str(Path(__file__).with_name("eight_devices.py")), name, *meshes]))
     assert list(found) == meshes
     for kind, result in found.items():
         assert result["gradient"] < 1e-5, kind
@@ -59,6 +63,46 @@ def test_eight_devices_train_and_generate_as_one_and_exchange_what_they_must(nam
         _, gathered = found["sequence"]["collectives"].pop("all-gather", (0, 0))
         assert gathered <= 4 * 8 * 32
         assert found["sequence"]["collectives"].keys() == {"all-reduce", "collective-permute"}
+
+
+MEMORY = """
+import sys
+from functools import partial
+import jax, jax.numpy as jnp, optax
+from jax.sharding import NamedSharding
+from eight_devices import MODELS
+from rwkv_jax import sharding, train
+from rwkv_jax.models import module_of
+
+config, found = MODELS[sys.argv[1]], []
+for parts in (2, 4):
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=1, sequence=parts), jax.devices()[:parts])
+    optimizer = optax.adam(1e-3)
+    with jax.set_mesh(mesh):
+        state = train.init_train_state(jax.random.key(0), config, optimizer, mesh=mesh)
+        tokens = jax.ShapeDtypeStruct((2, 4096), jnp.int32, sharding=NamedSharding(mesh, sharding.spec("batch", None)))
+        step = jax.jit(partial(train.train_step, config=config, optimizer=optimizer, l2wrap=0.0, loss_chunk=64))
+        found.append(step.lower(state, tokens, tokens, None).compile().memory_analysis().temp_size_in_bytes)
+print(*found)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["rwkv4", "rwkv7"])
+def test_twice_the_devices_along_a_row_hold_half_the_activations_each(name):
+    two, four = map(int, run(["-c", MEMORY, name]).split())
+    assert four < 0.6 * two
+
+
+@pytest.mark.slow
+def test_states_composed_in_a_tree_or_handed_along_a_ring_give_the_gradients_of_one_device():
+    script = str(ROOT / "experiments/sequence.py")
+    lines = run([script, "--tokens", "128", "--heads", "1"]).splitlines()
+    assert [line.split()[:2] for line in lines[1:]] == [
+        [op, way] for op in ("wkv4", "wkv6", "wkv7") for way in ("one", "tree", "ring")
+    ]
+    for line in lines[1:]:
+        assert float(line.removeprefix(line[:17]).split()[1]) < 1e-5, line
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
