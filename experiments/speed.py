@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -118,7 +119,7 @@ def main() -> None:
                 f"{'  GPT-2':16s} {peer['tokens_per_second']:9.0f} {'':8s} {'':9s} {peer['peak_mb']:8.0f}   RWKV/GPT-2 {ratio:.2f}"
             )
         for mesh, sizes in cuts.items():
-            alone, cut = (worker("rwkv", name, *part) for part in ((), (mesh, math.prod(sizes.values()))))
+            alone, cut = worker("rwkv", name), worker("rwkv", name, mesh, math.prod(sizes.values()))
             results[name][mesh] = {"rwkv": cut, "one device": alone}
             print(
                 f"{'  ' + mesh:30s} {cut['tokens_per_second']:9.0f} tokens/s, {cut['compile_s']:.1f} s to compile, "
@@ -182,7 +183,7 @@ def measure(shape: Shape, sizes: dict[str, int] | None = None) -> dict[str, floa
     state: Any
     if shape.work == "train":
         optimizer = optim.make_optimizer(optim.OptimConfig(), module_of(config).declare(config), 1000)
-        mesh = sharding.make_mesh(sharding.MeshConfig(**({"data": 1} | sizes))) if sizes else None
+        mesh = sharding.make_mesh(replace(sharding.MeshConfig(data=1), **sizes)) if sizes else None
         state = train.init_train_state(jax.random.key(0), config, optimizer, mesh=mesh)
         if mesh is not None:
             tokens = jax.device_put(tokens, jax.NamedSharding(mesh, sharding.spec("batch", None)))
