@@ -65,7 +65,9 @@ def report(num_devices: int, num_tokens: int, heads: int) -> None:
             pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
             # A gradient that is zero, such as an empty state's, must be so in all.
             error = max(float(np.abs(np.subtract(a, b)).max() / (np.abs(b).max() or 1)) for a, b in pairs)
-            exchanged = {kind: (n, round(size / 1e6, 2)) for kind, (n, size) in collectives(compiled.as_text() or "").items()}
+            exchanged = {
+                kind: (n, round(size / 1e6, 2)) for kind, (n, size) in collectives(compiled.as_text() or "").items()
+            }
             print(f"{name:5s} {way:11s} {1e3 * sorted(times)[REPEATS // 2]:7.0f} {error:8.0e}  {exchanged}", flush=True)
 
 
