@@ -78,9 +78,9 @@ def wkv7(
         valid = jnp.arange(num_tokens) < length[:, None]
         tokens = tuple(jnp.where(valid[..., None, None], x, 0) for x in tokens)
         reset = None if reset is None else reset & valid
-    widest = "float64" if dtype == jnp.float64 else r.dtype.name
-    call = dispatch.here(max(key_dim, v.shape[-1]), num_tokens, widest)
-    run = dispatch.choose("wkv7", BACKENDS, backend, call).run
+    run = dispatch.choose(
+        "wkv7", BACKENDS, backend, dispatch.here(max(key_dim, v.shape[-1]), num_tokens, dispatch.widest(r.dtype, dtype))
+    ).run
     y, new = run(*tokens, state.astype(dtype), reset, length)
     return y.astype(v.dtype), new
 
