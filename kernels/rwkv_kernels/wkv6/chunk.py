@@ -5,7 +5,7 @@ of the blocks of 2^l tokens that they lie side by side in. The state is [V, K] h
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from ..recurrence import Factors, Problem, Run, dot, grid, masks, of_factors, pad_channels, pad_tokens, sequence_of
 from .parallel import LEAST_LOG_DECAY
@@ -72,7 +72,7 @@ def mix(scores, found, v, marks):
     return y, (jnp.where(sound if to_end is None else sound | ~to_end, v, jnp.nan),)
 
 
-def _not_finite(x: Float[Array, "C X"]) -> Float[Array, "C 1"]:
+def _not_finite(x: Float[Array, "C X"]) -> Int[Array, "C 1"]:
     """How many numbers of each row are not finite."""
     return jnp.where(jnp.abs(x) < jnp.inf, 0, 1).sum(1, keepdims=True)
 
