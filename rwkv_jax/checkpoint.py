@@ -95,7 +95,7 @@ class Checkpoints:
         """Returns the newest checkpoint, or None where there is none.
 
         Args:
-            like: Any state of the run, or its shapes.
+            like: Any state of the run, or its shapes; arrays come back where its own lie, whatever mesh they were saved from.
             settings: The run's.
 
         Raises:
@@ -115,7 +115,7 @@ class Checkpoints:
             raise ValueError(
                 f"{folder} was made with another config; use another --run.folder, or undo:\n  " + "\n  ".join(changed)
             )
-        params, training = _split(jax.eval_shape(lambda: like))
+        params, training = jax.tree.map(_shape, _split(like))
         items = {
             "params": ocp.args.StandardRestore(params),
             "training": ocp.args.StandardRestore(training),
@@ -124,7 +124,8 @@ class Checkpoints:
         restored = _restore(folder, partial(restore, **items))
         key = jax.random.wrap_key_data(restored["training"]["key"])
         own = restored["training"]
-        return Restored(TrainState(own["step"], restored["params"], own["opt_state"], key), restored["data"])
+        state = TrainState(own["step"], restored["params"], own["opt_state"], key, own.get("memory"))
+        return Restored(state, restored["data"])
 
     def close(self) -> None:
         """Waits for what is being written."""
@@ -241,10 +242,17 @@ def _restore_item(folder: Path, name: str, how: Any) -> Any:
 
 
 def _split(train_state: TrainState) -> tuple[Any, dict[str, Any]]:
-    state = train_state._replace(key=jax.eval_shape(jax.random.key_data, train_state.key))
-    if not isinstance(train_state.key, jax.ShapeDtypeStruct):
-        state = state._replace(key=jax.random.key_data(train_state.key))
-    return state.params, {"step": state.step, "opt_state": state.opt_state, "key": state.key}
+    key = train_state.key
+    is_shape = isinstance(key, jax.ShapeDtypeStruct)
+    data = jax.eval_shape(jax.random.key_data, key) if is_shape else jax.random.key_data(key)
+    training = {"step": train_state.step, "opt_state": train_state.opt_state, "key": data}
+    if train_state.memory is not None:
+        training["memory"] = train_state.memory
+    return train_state.params, training
+
+
+def _shape(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))
 
 
 def _restore(folder: Path, restore: Callable[[], Any]) -> Any:

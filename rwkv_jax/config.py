@@ -17,6 +17,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from .finetune import FinetuneConfig
 from .models import ARCHITECTURES, Config
 from .optim import OptimConfig
+from .sharding import MeshConfig
 from .text import DataConfig
 
 
@@ -70,8 +71,27 @@ class Settings:
     optim: OptimConfig
     run: RunConfig
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self):
+        context, segment = self.data.context_length, self.optim.segment or self.data.context_length
+        window = segment * (self.optim.bptt or max(context // segment, 1))
+        if context % segment or context % window:
+            raise ValueError(
+                f"data.context_length is {context}; it must be a multiple of optim.segment={segment} times "
+                f"optim.bptt={self.optim.bptt or 1}"
+            )
+        if segment % max(self.mesh.sequence, 1):
+            raise ValueError(
+                f"mesh.sequence is {self.mesh.sequence}; it must divide the {segment} tokens that a row has at once "
+                "(data.context_length or optim.segment)"
+            )
+        if self.finetune.method == "state" and window != context:
+            raise ValueError(
+                "finetune.method='state' needs the gradient of the whole row, back to its first state; leave optim.bptt out"
+            )
+        if self.finetune.method == "state" and self.data.carry:
+            raise ValueError("finetune.method='state' starts every row from the learned state; leave data.carry out")
         if self.finetune.method == "state" and self.data.documents != "rows":
             raise ValueError(
                 f"data.documents is {self.data.documents!r}; finetune.method='state' learns the state that a document starts "
@@ -172,13 +192,13 @@ def to_toml(settings: Settings) -> str:
 
 
 def differences(old: Settings, new: Settings) -> list[str]:
-    """Returns a line for every field that differs, but for the folder: a run may be moved."""
+    """Returns a line for every field that differs, but for the folder and the mesh: a run may be moved, to other devices too."""
     a, b = dataclasses.asdict(old), dataclasses.asdict(new)
     return [
         f"{section}.{key}: {a[section].get(key)!r} -> {b[section].get(key)!r}"
         for section in a
         for key in {**a[section], **b[section]}
-        if a[section].get(key) != b[section].get(key) and (section, key) != ("run", "folder")
+        if a[section].get(key) != b[section].get(key) and section != "mesh" and (section, key) != ("run", "folder")
     ]
 
 

@@ -12,11 +12,14 @@ from . import params as p
 from .models import Config, module_of
 from .nn.layer_norm import layer_norm
 from .nn.linear import embed, linear
+from .sharding import constrain
 
 _REMAT_POLICIES = {
     "block": jax.checkpoint_policies.nothing_saveable,
     "elementwise": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+_RESIDUAL = ("batch", "time", "residual")
 
 
 def init(key: PRNGKeyArray, config: Config) -> Any:
@@ -109,7 +112,10 @@ def hidden(
 
     def layer(carry, inputs):
         block_params, block_state = inputs
-        return model.block(block_params, config, carry, block_state, reset=reset, length=length, backend=backend)
+        (x, depth), new = model.block(
+            block_params, config, carry, block_state, reset=reset, length=length, backend=backend
+        )
+        return (constrain(x, *_RESIDUAL), depth), new
 
     if config.remat != "none":
         layer = jax.checkpoint(layer, prevent_cse=False, policy=_REMAT_POLICIES[config.remat])
@@ -119,6 +125,7 @@ def hidden(
     if length is not None:
         foreign &= jnp.arange(tokens.shape[1]) < length[:, None]
     x = layer_norm(params.ln0, embed(params.emb, jnp.where(foreign, 0, tokens)).astype(dtype))
+    x = constrain(x, *_RESIDUAL)
     (x, _), state = jax.lax.scan(layer, (x, model.init_depth(config, x)), (params.blocks, state))
     x = jnp.where(jnp.cumsum(foreign, axis=1)[..., None] > 0, jnp.nan, x)
     spoilt = foreign.any(1)
@@ -128,7 +135,8 @@ def hidden(
 
 def unembed(params: Any, x: Float[Array, "B T D"]) -> Float[Array, "B T A"]:
     """Returns the logits, float32 or wider, of what `hidden` gives."""
-    return linear(x, params.head, dtype=jnp.promote_types(x.dtype, jnp.float32))
+    logits = linear(x, params.head, dtype=jnp.promote_types(x.dtype, jnp.float32))
+    return constrain(logits, "batch", "time", "vocab")
 
 
 def _check(params, config, tokens, state, reset, length):

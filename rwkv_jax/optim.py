@@ -45,6 +45,14 @@ class OptimConfig:
     """Strength of the pull on each position's largest logit; 0 for none."""
     accumulate: int = 1
     """Equal parts that a batch is cut into, their gradients averaged, to save memory."""
+    loss_chunk: int | None = None
+    """Tokens a row whose logits are held at once, to save memory at the cost of one more product with the head; none: all."""
+    segment: int | None = None
+    """Tokens a row whose activations are held at once, the state going from segment to segment; none: data.context_length."""
+    bptt: int | None = None
+    """Segments that gradients reach back over (truncated backpropagation through time); none: the whole row."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What parameters are kept in between updates; bfloat16 is half the memory, rounded at random. Adam's means are float32."""
 
     def __post_init__(self):
         rules = {
@@ -52,7 +60,8 @@ class OptimConfig:
             "warmup_steps": self.warmup_steps >= 0, "warmup_start": 0 < self.warmup_start <= 1,
             "b1": 0 <= self.b1 < 1, "b2": 0 <= self.b2 < 1, "eps": self.eps > 0,
             "weight_decay": self.weight_decay >= 0, "clip_norm": self.clip_norm > 0, "l2wrap": self.l2wrap >= 0,
-            "accumulate": self.accumulate >= 1,
+            "accumulate": self.accumulate >= 1, "loss_chunk": self.loss_chunk is None or self.loss_chunk >= 1,
+            "segment": self.segment is None or self.segment >= 1, "bptt": self.bptt is None or self.bptt >= 1,
         }  # fmt: skip
         for name, holds in rules.items():
             if not holds:

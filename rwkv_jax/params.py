@@ -7,6 +7,7 @@ parameter counts, optimiser groups, sharding axes and the official checkpoint ke
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -93,17 +94,28 @@ def orthogonal(gain: float) -> Initialiser:
     return lambda key, shape, layer: jax.nn.initializers.orthogonal(gain)(key, shape)
 
 
-def init(key: jax.Array, declaration: Any, num_layers: int) -> Any:
-    """Returns fresh float32 parameters. Each draws from its own key, which depends on nothing but `key` and its name."""
+def init(key: jax.Array, declaration: Any, num_layers: int, shardings: Any = None) -> Any:
+    """Returns fresh float32 parameters. Each draws from its own key, which depends on nothing but `key` and its name.
 
-    def one(param: Param) -> jax.Array:
+    Args:
+        key: Of the whole.
+        declaration: The parameters.
+        num_layers: The model's.
+        shardings: Of each parameter, which is then made in its place, one at a time; None: the default device.
+    """
+
+    def one(key: jax.Array, param: Param) -> jax.Array:
         own_key = jax.random.fold_in(key, zlib.crc32(param.key.encode()))
         if not param.stacked:
             return param.init(own_key, param.shape, 0).astype(jnp.float32)
         layers = [param.init(jax.random.fold_in(own_key, i), param.shape, i) for i in range(num_layers)]
         return jnp.stack(layers).astype(jnp.float32)
 
-    return jax.tree.map(one, declaration)
+    if shardings is None:
+        return jax.tree.map(partial(one, key), declaration)
+    return jax.tree.map(
+        lambda param, where: jax.jit(one, static_argnums=1, out_shardings=where)(key, param), declaration, shardings
+    )
 
 
 def count(declaration: Any, num_layers: int) -> int:

@@ -8,11 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
-from .lm import forward, init, init_state
-from .loss import Loss, cross_entropy, language_model_loss
-from .models import Config
+from . import params as p
+from . import sharding
+from .lm import forward, hidden, init_state, unembed
+from .loss import Loss, chunked_language_model_loss, cross_entropy, language_model_loss
+from .models import Config, module_of
 
 Assemble = Callable[[Any, Any], tuple[Any, Any]]
 """(what is trained, what is not) -> (all parameters, the state of one row that every row starts from; None is the zero state)."""
@@ -30,11 +33,13 @@ class TrainState(NamedTuple):
     step: Array
     """Updates made, int32."""
     params: Any
-    """What is trained, float32: all parameters, or what a method of fine-tuning puts beside them."""
+    """What is trained: all parameters, or what a method of fine-tuning puts beside them; float32, or bfloat16 if asked for."""
     opt_state: Any
-    """Of optax."""
+    """Of optax, float32."""
     key: PRNGKeyArray
-    """For whatever draws at random during training; RWKV-4 draws nothing."""
+    """For what draws at random during training: the rounding of bfloat16 parameters."""
+    memory: Any = None
+    """The model's state after the last batch, where rows go on from there; None where every row starts anew."""
 
 
 class Metrics(NamedTuple):
@@ -49,12 +54,64 @@ class Metrics(NamedTuple):
 
 
 def init_train_state(
-    key: PRNGKeyArray, config: Config, optimizer: optax.GradientTransformation, params: Any = None
+    key: PRNGKeyArray,
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    params: Any = None,
+    *,
+    mesh: Mesh | None = None,
+    declaration: Any = None,
+    param_dtype: str = "float32",
+    carried_rows: int | None = None,
 ) -> TrainState:
-    """Returns step 0 with fresh parameters, or with those given."""
+    """Returns step 0 with fresh parameters, or with those given.
+
+    Args:
+        key: Of the initialisation.
+        config: The model's.
+        optimizer: From `make_optimizer`.
+        params: What is trained; None: fresh parameters.
+        mesh: On which every array is made in its place, never whole on one device; None: the default device.
+        declaration: Of what is trained; None: the model's parameters.
+        param_dtype: What parameters are kept in.
+        carried_rows: Rows of a batch, if each goes on from the state in which the one before it ended.
+    """
+    declaration = module_of(config).declare(config) if declaration is None else declaration
+    where = None if mesh is None else sharding.param_shardings(declaration, config.num_layers, mesh)
     init_key, key = jax.random.split(key)
-    params = init(init_key, config) if params is None else params
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), key)
+    if params is None:
+        params = p.init(init_key, declaration, config.num_layers, where)
+    elif where is not None:
+        params = jax.device_put(params, where)
+
+    def rest(params):
+        wide = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+        memory = None if carried_rows is None else init_state(config, carried_rows)
+        own = jax.tree.map(lambda x: x.astype(param_dtype), params)
+        return TrainState(jnp.zeros((), jnp.int32), own, optimizer.init(wide), key, memory)
+
+    if mesh is None:
+        return rest(params)
+    return jax.jit(rest, out_shardings=train_state_shardings(jax.eval_shape(rest, params), where, optimizer, mesh))(
+        params
+    )
+
+
+def train_state_shardings(shapes: TrainState, params: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> Any:
+    """Returns the sharding of every array of a training state: the optimiser's lie as the parameters that they belong to.
+
+    Args:
+        shapes: The state, or its shapes.
+        params: The shardings of the parameters.
+        optimizer: The state's.
+        mesh: Of the shardings.
+    """
+    whole = sharding.replicated(mesh)
+    opt_state = optax.tree.map_params(
+        optimizer, lambda _, own: own, shapes.opt_state, params, transform_non_params=lambda _: whole
+    )
+    rows = NamedSharding(mesh, sharding.spec(None, "batch"))
+    return TrainState(whole, params, opt_state, whole, jax.tree.map(lambda _: rows, shapes.memory))
 
 
 def train_step(
@@ -69,6 +126,9 @@ def train_step(
     optimizer: optax.GradientTransformation,
     l2wrap: float,
     accumulate: int = 1,
+    loss_chunk: int | None = None,
+    segment: int | None = None,
+    bptt: int | None = None,
     backend: str | None = None,
     assemble: Assemble = whole,
 ) -> tuple[TrainState, Metrics]:
@@ -76,7 +136,7 @@ def train_step(
 
     Args:
         train_state: Before the update.
-        inputs: Tokens; every row starts from the zero state, or that of `assemble`.
+        inputs: Tokens; every row starts from the zero state, or that of `assemble`, or that in `train_state.memory`.
         targets: The next token at each position.
         reset: True where a document starts; None: nowhere.
         length: Tokens of each row that count, the loss being their mean; None: all.
@@ -85,45 +145,141 @@ def train_step(
         optimizer: From `make_optimizer`.
         l2wrap: As in `language_model_loss`.
         accumulate: Equal parts that the batch is cut into, one after the other; gradients are averaged in float32.
+        loss_chunk: Tokens a row whose logits are held at once, as in `chunked_language_model_loss`; None: all.
+        segment: Tokens a row whose activations are held at once: rows are cut into segments, and the state goes from one to the
+            next. None: all.
+        bptt: Segments that a gradient reaches back over, a multiple of which makes a row; None: the whole row.
         backend: Of the WKV operator.
         assemble: Forms all parameters and the first state from what is trained and what is not; static.
 
     Raises:
-        ValueError: `accumulate` does not divide the batch.
+        ValueError: `accumulate` does not divide the batch, or `segment` and `bptt` the row.
     """
-    if inputs.shape[0] % accumulate:
-        raise ValueError(f"a batch of {inputs.shape[0]} does not divide into accumulate={accumulate} parts")
+    num_rows, num_tokens = inputs.shape
+    segment = segment or num_tokens
+    window = segment * (bptt or num_tokens // segment)
+    if num_rows % accumulate:
+        raise ValueError(f"a batch of {num_rows} does not divide into accumulate={accumulate} parts")
+    if num_tokens % segment or num_tokens % window:
+        raise ValueError(
+            f"{num_tokens} tokens a row do not divide into windows of bptt={bptt} x segment={segment} tokens"
+        )
 
-    def loss_fn(trained, inputs, targets, reset, length, weights):
+    def run_segment(params, state, batch):
+        inputs, targets, reset, length, weights = batch
+        x, state = hidden(params, config, inputs, state, reset, length, backend)
+        if loss_chunk is not None:
+            return state, chunked_language_model_loss(x, params.head, targets, l2wrap, weights, chunk=loss_chunk)
+        return state, language_model_loss(unembed(params, x), targets, l2wrap, weights)
+
+    def run_window(trained, batch, state):
         params, start = assemble(trained, frozen)
-        logits, _ = forward(params, config, inputs, _rows(start, inputs.shape[0]), reset, length, backend)
-        loss = language_model_loss(logits, targets, l2wrap, weights)
-        return loss.total, loss
+        state = _rows(start, batch[0].shape[0]) if state is None else state
+        if window == segment:
+            state, loss = run_segment(params, state, batch)
+        else:
+            run = jax.checkpoint(lambda state, part: run_segment(params, state, part))
+            state = init_state(config, batch[0].shape[0]) if state is None else state
+            state, losses = jax.lax.scan(run, state, _cut(batch, segment))
+            loss = jax.tree.map(lambda x: x.mean(), losses)
+        return loss.total, (loss, state)
 
-    def gradient(batch) -> tuple[Any, Loss]:
-        return jax.grad(loss_fn, has_aux=True)(train_state.params, *batch)
+    def gradient_of_window(batch, state) -> tuple[Any, Loss, Any]:
+        grads, (loss, state) = jax.grad(run_window, has_aux=True)(train_state.params, batch, state)
+        return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), grads), loss, state
+
+    def gradient_of_rows(batch, state) -> tuple[Any, Loss, Any]:
+        if window == num_tokens:
+            return gradient_of_window(batch, state)
+        if state is None:
+            if assemble(train_state.params, frozen)[1] is not None:
+                raise ValueError("a learned first state needs the gradient of the whole row; leave bptt out")
+            state = init_state(config, batch[0].shape[0])
+
+        def add(carry, part):
+            total, state = carry
+            *own, state = gradient_of_window(part, state)
+            return (jax.tree.map(jnp.add, total, tuple(own)), state), None
+
+        parts = _cut(batch, window)
+        zeros = _zeros_like(gradient_of_window, jax.tree.map(lambda x: x[0], parts), state)[:2]
+        (total, state), _ = jax.lax.scan(add, (zeros, state), parts)
+        return *jax.tree.map(lambda x: x * (window / num_tokens), total), state
 
     weights = None
     if length is not None:
-        valid = jnp.arange(inputs.shape[1]) < length[:, None]
-        weights = accumulate * valid / valid.sum()
-    batch = (inputs, targets, reset, length, weights)
+        valid = jnp.arange(num_tokens) < length[:, None]
+        weights = accumulate * (num_tokens // segment) * valid / valid.sum()
+    batch, memory = (inputs, targets, reset, length, weights), train_state.memory
     if accumulate == 1:
-        grads, loss = gradient(batch)
+        grads, loss, memory_after = gradient_of_rows(batch, memory)
     else:
-        parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+        # Part i has every accumulate-th row, so that each device has rows of every part.
+        def parts_of(axis):
+            return lambda x: jnp.moveaxis(x.reshape(*x.shape[:axis], -1, accumulate, *x.shape[axis + 1 :]), axis + 1, 0)
+
+        parts = jax.tree.map(parts_of(0), batch), jax.tree.map(parts_of(1), memory)
 
         def add(total, part):
-            return jax.tree.map(jnp.add, total, gradient(part)), None
+            *own, state = gradient_of_rows(*part)
+            return jax.tree.map(jnp.add, total, tuple(own)), state if memory is not None else None
 
-        shapes = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], parts))
-        total, _ = jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), parts)
+        zeros = _zeros_like(gradient_of_rows, *jax.tree.map(lambda x: x[0], parts))[:2]
+        total, states = jax.lax.scan(add, zeros, parts)
         grads, loss = jax.tree.map(lambda x: x / accumulate, total)
+        memory_after = jax.tree.map(lambda x, like: jnp.moveaxis(x, 0, 2).reshape(like.shape), states, memory)
 
-    updates, opt_state = optimizer.update(grads, train_state.opt_state, train_state.params)
-    params = optax.apply_updates(train_state.params, updates)
+    params = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), train_state.params)
+    updates, opt_state = optimizer.update(grads, train_state.opt_state, params)
+    params = _rounded(
+        optax.apply_updates(params, updates),
+        train_state.params,
+        jax.random.fold_in(train_state.key, train_state.step),
+    )
     metrics = Metrics(loss.cross_entropy, loss.total, optax.tree.norm(grads))
-    return train_state._replace(step=train_state.step + 1, params=params, opt_state=opt_state), metrics
+    return (
+        train_state._replace(
+            step=train_state.step + 1,
+            params=params,
+            opt_state=opt_state,
+            memory=None if memory is None else memory_after,
+        ),
+        metrics,
+    )
+
+
+def _cut(batch: Any, num_tokens: int) -> Any:
+    """Cuts inputs, targets, reset, length and weights along time: a leading axis of parts of `num_tokens` tokens."""
+    inputs, targets, reset, length, weights = batch
+    parts = inputs.shape[1] // num_tokens
+
+    def cut(x):
+        return None if x is None else jnp.moveaxis(x.reshape(x.shape[0], parts, num_tokens), 1, 0)
+
+    lengths = None if length is None else jnp.clip(length - num_tokens * jnp.arange(parts)[:, None], 0, num_tokens)
+    return cut(inputs), cut(targets), cut(reset), lengths, cut(weights)
+
+
+def _zeros_like(function: Any, *args: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, *args))
+
+
+def _rounded(params: Any, like: Any, key: PRNGKeyArray) -> Any:
+    """Returns float32 parameters in the dtype that they are kept in. To bfloat16 they are rounded up or down at random, right on average:
+    rounded to nearest, steps smaller than half a digit would all be lost."""
+    leaves, structure = jax.tree.flatten(params)
+
+    def one(i, x, kept):
+        if kept.dtype == x.dtype:
+            return x
+        bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+        noise = jax.random.bits(jax.random.fold_in(key, i), x.shape, jnp.uint16).astype(jnp.uint32)
+        kept_bits = jnp.where(jnp.isfinite(x), (bits + noise) >> 16, bits >> 16).astype(jnp.uint16)
+        return jax.lax.bitcast_convert_type(kept_bits, jnp.bfloat16)
+
+    return structure.unflatten(
+        [one(i, *pair) for i, pair in enumerate(zip(leaves, jax.tree.leaves(like), strict=True))]
+    )
 
 
 class Evaluation(NamedTuple):

@@ -14,13 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
-from rwkv_kernels import WKV4State, wkv4
+from rwkv_kernels import WKV4State
 from rwkv_kernels.wkv4 import init_wkv4_state
 
 from .. import params as p
 from ..nn.layer_norm import LayerNorm, declare_layer_norm, layer_norm
 from ..nn.linear import linear
 from ..nn.token_shift import token_shift
+from ..nn.wkv import wkv4
 from .base import ModelConfig, Shapes, common_fields
 
 

@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
-from rwkv_kernels import init_wkv6_state, wkv6
+from rwkv_kernels import init_wkv6_state
 
 from .. import params as p
 from ..nn.group_norm import group_norm
 from ..nn.layer_norm import LayerNorm, declare_layer_norm, layer_norm
 from ..nn.linear import linear
 from ..nn.token_shift import token_shift
+from ..nn.wkv import wkv6
 from .base import ModelConfig, Shapes, common_fields, rounded_width
 
 FFN_WIDTHS: dict[str, tuple[int | float, int]] = {"5.0": (4, 1), "5.1": (4, 1), "5.2": (3.5, 32)}

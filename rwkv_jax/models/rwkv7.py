@@ -14,13 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
-from rwkv_kernels import init_wkv7_state, wkv7
+from rwkv_kernels import init_wkv7_state
 
 from .. import params as p
 from ..nn.group_norm import group_norm
 from ..nn.layer_norm import LayerNorm, declare_layer_norm, layer_norm
 from ..nn.linear import linear
 from ..nn.token_shift import token_shift
+from ..nn.wkv import wkv7
 from .base import ModelConfig, Shapes, common_fields
 
 STRONGEST_DECAY = float(np.exp(-0.5))

@@ -1,7 +1,11 @@
-"""The token shift: what each channel saw one token ago."""
+"""The token shift: what each channel saw one token ago. Of a row cut over devices, a part hands one token to the next."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from ..sharding import fitting, in_use
+from . import parts
 
 
 def token_shift(
@@ -21,7 +25,29 @@ def token_shift(
     Returns:
         The shifted activations in x's dtype, and x of the last token that counts (`last` where none does) in last's dtype.
     """
-    extended = jnp.concatenate([last.astype(x.dtype)[:, None], x], axis=1)
+    if not in_use() or (rows := fitting(x.shape, ("batch", "time", None)))[1] is None:
+        return _shift(x, last, last, reset, length)
+
+    def local(x, last, reset, length):
+        before = jnp.where(jax.lax.axis_index(parts.AXIS) == 0, last.astype(x.dtype), parts.shift(x[:, -1]))
+        own_length = None if length is None else parts.local_length(length, x.shape[1])
+        shifted, newest = _shift(x, before, last, reset, own_length)
+        if length is None:
+            return shifted, parts.from_last(newest)
+        own = -(-length // x.shape[1]) - 1 == jax.lax.axis_index(parts.AXIS)
+        newest = jax.lax.psum(jnp.where(own[:, None], newest, 0), parts.AXIS)
+        return shifted, jnp.where(length[:, None] == 0, last, newest)
+
+    row = jax.P(rows[0])
+    return jax.shard_map(
+        local, in_specs=(rows, row, None if reset is None else jax.P(*rows[:2]), None if length is None else row),
+        out_specs=(rows, row), check_vma=False,
+    )(x, last, reset, length)  # fmt: skip
+
+
+def _shift(x: Array, before: Array, last: Array, reset: Array | None, length: Array | None) -> tuple[Array, Array]:
+    """As `token_shift`; `before` is what the first token's predecessor has, `last` what is returned where no token counts."""
+    extended = jnp.concatenate([before.astype(x.dtype)[:, None], x], axis=1)
     shifted = extended[:, :-1]
     if reset is not None:
         shifted = jnp.where(reset[..., None], 0, shifted)

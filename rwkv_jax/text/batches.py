@@ -76,6 +76,36 @@ class _Rows:
         return Batch(inputs, targets, np.zeros(self._context_length, bool), np.asarray(length, np.int32))
 
 
+class _Walk:
+    """Random access to batches of rows that walk on: item n has the n-th `context_length` tokens of each of `batch_size` parts of the
+    stream, and marks the first tokens of all."""
+
+    def __init__(self, stream: TokenStream, context_length: int, batch_size: int, packed: bool):
+        self._windows = _Windows(stream, context_length, packed)
+        self._batch_size = batch_size
+
+    def __len__(self) -> int:
+        return len(self._windows) // self._batch_size
+
+    def __getitem__(self, index: Any) -> Batch:
+        batch = _stack([self._windows[row * len(self) + int(index)] for row in range(self._batch_size)])
+        batch.reset[:, 0] |= int(index) == 0
+        return batch
+
+
+class _RowsOfBatches:
+    """Random access to some rows of every batch of an endless dataset of rows."""
+
+    def __init__(self, dataset: Any, batch_size: int, rows: np.ndarray):
+        self._dataset, self._batch_size, self._rows = dataset, batch_size, rows
+
+    def __len__(self) -> int:
+        return len(self._dataset) // self._batch_size
+
+    def __getitem__(self, index: Any) -> Batch:
+        return _stack([self._dataset[int(index) * self._batch_size + int(row)] for row in self._rows])
+
+
 def train_batches(
     stream: TokenStream,
     *,
@@ -83,10 +113,12 @@ def train_batches(
     batch_size: int,
     seed: int,
     documents: Literal["stream", "packed", "rows"] = "stream",
+    carry: bool = False,
+    rows: np.ndarray | None = None,
 ) -> grain.DatasetIterator[Batch]:
     """Returns an endless iterator over shuffled windows or rows, whose get_state and set_state resume at the very next batch.
 
-    Every epoch visits every window once, in another order. The same seed gives the same batches.
+    Every epoch visits every window once, in another order. The same seed gives the same batches, whatever rows of them are asked for.
 
     Args:
         stream: The training text.
@@ -95,13 +127,16 @@ def train_batches(
         seed: Of the order.
         documents: "packed" marks the starts of documents in `reset`; "stream" marks none; "rows" gives each row one
             document, or a piece of a longer one, and its `length`.
+        carry: Whether row r walks through the r-th of `batch_size` parts of the stream instead, unshuffled; `reset` marks where it
+            begins, too.
+        rows: Which rows of each batch to return, such as those of this process; None: all.
 
     Raises:
         ValueError: The stream has fewer tokens than one window or fewer windows than one batch.
     """
-    rows = documents == "rows"
-    windows = _Rows(stream, context_length) if rows else _Windows(stream, context_length, documents == "packed")
-    if len(windows) < batch_size and rows:
+    own = documents == "rows"
+    windows = _Rows(stream, context_length) if own else _Windows(stream, context_length, documents == "packed")
+    if len(windows) < batch_size and own:
         raise ValueError(
             f"the training text makes {len(windows)} rows of at most data.context_length={context_length}; "
             f"data.batch_size={batch_size} needs as many: use more text or a smaller batch"
@@ -111,14 +146,15 @@ def train_batches(
             f"the training text has {len(stream.tokens)} tokens; data.batch_size={batch_size} windows of "
             f"data.context_length={context_length} need {batch_size * context_length + 1}: use more text or smaller ones"
         )
-    # Endless, so nothing is dropped; but without drop_remainder grain counts batches in floats, which overflow at batch size 1.
-    dataset = (
-        grain.MapDataset.source(windows)
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .batch(batch_size, drop_remainder=True, batch_fn=_stack)
-    )
+    if carry:
+        walk = _Walk(stream, context_length, batch_size, documents == "packed")
+        dataset = grain.MapDataset.source(walk).repeat()
+        if rows is not None:
+            dataset = dataset.map(lambda batch: Batch(*(x[rows] for x in batch)))
+    else:
+        shuffled = grain.MapDataset.source(windows).seed(seed).shuffle().repeat()
+        every = np.arange(batch_size) if rows is None else rows
+        dataset = grain.MapDataset.source(_RowsOfBatches(shuffled, batch_size, every))
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
 

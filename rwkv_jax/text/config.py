@@ -49,6 +49,8 @@ class DataConfig:
     documents: Literal["stream", "packed", "rows"] = "stream"
     """stream: windows run on through documents; packed: the state is reset where a document starts; rows: one document a row,
     padded, longer ones in pieces."""
+    carry: bool = False
+    """Rows walk on through the text, each from the state in which the one before it ended; false: shuffled windows, each from zero."""
     seed: int = 0
     """Of the order of windows."""
 
@@ -58,6 +60,10 @@ class DataConfig:
                 raise ValueError(f"data.{name} is {getattr(self, name)}; it must be at least 1")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"data.seed is {self.seed}; it must be 0 to 2**31 - 1")
+        if self.carry and self.documents == "rows":
+            raise ValueError(
+                "data.carry goes on through the text, and data.documents='rows' starts every row anew; choose one"
+            )
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"data.validation_fraction is {self.validation_fraction}; it must be between 0 and 1")
 
