@@ -1,7 +1,7 @@
 """Continues a prompt: `python experiments/generate.py --checkpoint runs/quickstart --prompt "def "`.
 
-Text appears as it is drawn. The model's tokenizer is the one it was trained with; a .safetensors file does not name its own,
-so give `--tokenizer`.
+Text appears as it is drawn. The model's tokenizer is the one it was trained with, which a file of weights tells by its vocabulary's
+size.
 """
 
 import sys
@@ -11,9 +11,8 @@ from typing import Literal
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from rwkv_jax import generate, load
-from rwkv_jax.checkpoint import is_checkpoint, load_checkpoint, load_first_state
-from rwkv_jax.text import get_tokenizer
+from rwkv_jax import generate
+from rwkv_jax.pretrained import load_pretrained
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class GenerateConfig:
     """What to continue, with which model."""
 
     checkpoint: str
-    """A run's folder, one of its checkpoints/STEP, or a .safetensors file under the official names."""
+    """A run's folder, one of its checkpoints/STEP, or whatever else rwkv_jax.load reads."""
     prompt: str = ""
     """Text to continue; empty: the start of a document."""
     max_tokens: int = 512
@@ -31,7 +30,7 @@ class GenerateConfig:
     seed: int = 0
     """The same seed gives the same text."""
     tokenizer: Literal["bytes", "20b", "world"] | None = None
-    """none: the one in the checkpoint."""
+    """none: the one that the model was trained with."""
     tokenizer_file: str | None = None
     """Vocabulary of the 20b or world tokenizer; none: the one in the checkpoint, or an installed or downloaded one."""
 
@@ -54,19 +53,9 @@ def main() -> None:
 
 def run(config: GenerateConfig, sampling: generate.Sampling) -> None:
     """Prints the prompt and its continuation."""
-    name, file, state = config.tokenizer, config.tokenizer_file, None
-    if is_checkpoint(config.checkpoint):
-        params, model, settings = load_checkpoint(config.checkpoint)
-        state = load_first_state(config.checkpoint)
-        if name is None:
-            name, file = settings.data.tokenizer, file or settings.data.tokenizer_file
-    else:
-        params, model = load(config.checkpoint)
-    if name is None:
-        raise ValueError(
-            f"{config.checkpoint} does not say which tokenizer it wants; give --tokenizer bytes, 20b or world"
-        )
-    tokenizer = get_tokenizer(name, file)
+    params, model, tokenizer, state = load_pretrained(
+        config.checkpoint, tokenizer=config.tokenizer, tokenizer_file=config.tokenizer_file
+    )
     pieces = generate.stream(
         params, model, tokenizer, config.prompt,
         max_tokens=config.max_tokens, sampling=sampling, stop=config.stop or (), seed=config.seed,

@@ -10,41 +10,62 @@ if __name__ == "__main__":
     launch.with_huge_pages()  # Before the imports that take seconds.
 
 import dataclasses
-import gzip
-import lzma
 import math
-import shlex
 import signal
 import sys
 import time
 from collections.abc import Collection
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
+from report import bits_per_byte, report, second_held_out
+from steps import make_step
 from tqdm import tqdm
 
 import rwkv_jax
-from rwkv_jax import checkpoint, config, devices, finetune, generate, lm, optim, run_folder, run_log, text, train
+from rwkv_jax import (
+    checkpoint,
+    config,
+    devices,
+    distributed,
+    finetune,
+    lm,
+    optim,
+    run_folder,
+    run_log,
+    sharding,
+    text,
+    train,
+)
 from rwkv_jax.convert import hub
 
-SAMPLE_TOKENS = 320
+MENDABLE = (ValueError, OSError, ImportError, FloatingPointError)
+STEPS_BETWEEN_STOPS = 10
+"""Of several processes, which must stop at the same step: how often each asks whether another got a signal."""
 
 
 def main() -> None:
     """Reads the command line, trains, and turns errors that a user can mend into a message and status 1."""
     settings = config.parse_or_exit(sys.argv[1:], "train.py")
     try:
-        run(*starting_point(settings, config.given_fields(sys.argv[1:])))
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        distributed.start(settings.mesh)
+        mesh = sharding.make_mesh(settings.mesh)
+        with jax.set_mesh(mesh):
+            run(*starting_point(settings, config.given_fields(sys.argv[1:]), mesh), mesh)
+    except Exception as error:
+        if settings.mesh.coordinator is not None:
+            distributed.leave_after(error)
+        if not isinstance(error, MENDABLE):
+            raise
         print(f"train.py: {error}", file=sys.stderr)
         raise SystemExit(1) from error
 
 
-def starting_point(settings: config.Settings, given: Collection[str]) -> tuple[config.Settings, Any]:
-    """Returns the settings with the model section of the model that is tuned, and its parameters, None from scratch.
+def starting_point(settings: config.Settings, given: Collection[str], mesh: Mesh) -> tuple[config.Settings, Any]:
+    """Returns the settings with the model section of the model that is tuned, and its parameters on the mesh, None from scratch.
 
     A run that goes on reads them from its folder, and not from finetune.init_from again.
     """
@@ -53,34 +74,40 @@ def starting_point(settings: config.Settings, given: Collection[str]) -> tuple[c
     if origin is None:
         return settings, None
     if checkpoint.is_checkpoint(folder):
-        base, saved = checkpoint.load_base(folder), config.load(folder / run_folder.CONFIG)
+        base, saved = checkpoint.load_base(folder, sharding.on(mesh)), config.load(folder / run_folder.CONFIG)
         model, commit = saved.model, commit or saved.finetune.init_commit
     else:
         commit = commit or hub.commit_of(origin)
         eps = getattr(settings.model, "ln_x_eps", None) if "model.ln_x_eps" in given else None
-        base, model = rwkv_jax.load(hub.at_commit(origin, commit), dtype="float32", ln_x_eps=eps)
+        path = distributed.main_first(lambda: hub.at_commit(origin, commit))
+        base, model = rwkv_jax.load(path, dtype="float32", ln_x_eps=eps, sharding=sharding.on(mesh))
     finetune.check_tokenizer(settings.data.tokenizer, model, origin)
     model = finetune.resolve_model(settings.model, given, model, origin)
     return dataclasses.replace(settings, model=model, finetune=dataclasses.replace(tuning, init_commit=commit)), base
 
 
-def run(settings: config.Settings, base: Any) -> None:
+def run(settings: config.Settings, base: Any, mesh: Mesh) -> None:
     """Trains from the run's newest checkpoint, or from the start, to the end.
 
     Args:
         settings: Of the run.
         base: Parameters of the model that is tuned; None: from scratch.
+        mesh: On which it runs, over the devices of all processes.
     """
     model, data, run, tuning = settings.model, settings.data, settings.run, settings.finetune
     declaration, assemble = finetune.declare(tuning, model), finetune.assembler(tuning, model)
+    distributed.check_same(shared_by_processes(settings))
+    rows, is_main = distributed.rows_here(mesh, data.batch_size), distributed.is_main()
     resumes = checkpoint.is_checkpoint(run.folder)
-    folder = run_folder.claim(settings, resumes)
-    run_folder.record(settings)
-    print(config.to_toml(settings))
-    streams = text.load_streams(settings.data)
+    folder = Path(run.folder)
+    if is_main:
+        run_folder.claim(settings, resumes)
+        run_folder.record(settings)
+        print(config.to_toml(settings))
+    streams = distributed.main_first(lambda: text.load_streams(settings.data))
     run_folder.check_vocabulary(streams.tokenizer, settings)
     other = None if base is None else second_held_out(settings)
-    for difference in run_log.record_environment(folder):
+    for difference in run_log.record_environment(folder) if is_main else ():
         print(
             f"warning: the run was started elsewhere, and may not repeat bit for bit: {difference}",
             file=sys.stderr,
@@ -90,14 +117,17 @@ def run(settings: config.Settings, base: Any) -> None:
     schedule = optim.learning_rate(settings.optim, run.steps)
     key, trained, frozen = jax.random.key(run.seed), None, None
     if base is not None:
-        if not resumes:
+        if is_main and not resumes:
             checkpoint.save_base(folder, base, model)
         trained = finetune.init(key, tuning, model, base)
         frozen = None if tuning.method == "all" else base
-    state = train.init_train_state(key, model, optimizer, trained)
+    state = train.init_train_state(
+        key, model, optimizer, trained, mesh=mesh if mesh.size > 1 else None, declaration=declaration,
+        param_dtype=settings.optim.param_dtype, carried_rows=data.batch_size if data.carry else None,
+    )  # fmt: skip
     batches = text.train_batches(
         streams.train, context_length=data.context_length, batch_size=data.batch_size, seed=data.seed,
-        documents=data.documents,
+        documents=data.documents, carry=data.carry, rows=rows,
     )  # fmt: skip
     checkpoints = checkpoint.Checkpoints(folder, run.keep_last, run.keep_best)
     if (restored := checkpoints.restore(state, settings)) is not None:
@@ -108,27 +138,25 @@ def run(settings: config.Settings, base: Any) -> None:
         state = restored.train_state
         batches.set_state(restored.data_state["position"])
     first_step = int(state.step)
-    print(
-        f"{lm.count_params(model) / 1e6:.2f}M parameters, {len(streams.train.tokens) / 1e6:.2f}M training tokens, "
-        f"step {first_step} of {run.steps}, on {jax.devices()[0].device_kind}, in {folder}"
-    )
+    if is_main:
+        print(
+            f"{lm.count_params(model) / 1e6:.2f}M parameters, {len(streams.train.tokens) / 1e6:.2f}M training tokens, "
+            f"step {first_step} of {run.steps}, on {describe(mesh)}, in {folder}"
+        )
     if first_step >= run.steps:
-        print("This run is finished. Train further or otherwise under another --run.folder.")
+        if is_main:
+            print("This run is finished. Train further or otherwise under another --run.folder.")
+            run_log.plot_losses(folder)
         checkpoints.close()
-        run_log.plot_losses(folder)
-        report(*assemble(state.params, frozen), settings, streams, other)
+        report(*assemble(state.params, frozen), settings, streams, other, mesh)
         return
 
-    step_fn = jax.jit(
-        partial(
-            train.train_step, config=model, optimizer=optimizer, l2wrap=settings.optim.l2wrap,
-            accumulate=settings.optim.accumulate, backend=run.backend, assemble=assemble,
-        ),
-        donate_argnums=0,
-    )  # fmt: skip
-    log = run_log.RunLog(folder, first_step)
-    bar = tqdm(total=run.steps, initial=first_step, desc="training", unit="step", dynamic_ncols=True)
-    peak = run.peak_tflops * 1e12 if run.peak_tflops else devices.peak_flops(jax.devices()[0], model.dtype)
+    step_fn = make_step(settings, optimizer, jax.tree.map(lambda x: x.sharding, state))
+    log = run_log.RunLog(folder, first_step) if is_main else None
+    bar = tqdm(
+        total=run.steps, initial=first_step, desc="training", unit="step", dynamic_ncols=True, disable=not is_main
+    )
+    peak = run.peak_tflops * 1e12 * mesh.size if run.peak_tflops else peak_flops(mesh, model.dtype)
     tokens_a_step = data.batch_size * data.context_length
     bits_per_nat = len(streams.train.tokens) / streams.train.num_bytes / math.log(2)
     stop = StopSignal()
@@ -157,7 +185,8 @@ def run(settings: config.Settings, base: Any) -> None:
         }  # fmt: skip
         if peak:
             row["model_flop_utilisation"] = 3 * lm.flops_per_token(model) * speed / peak
-        log.write(run_log.METRICS, row)
+        if log is not None:
+            log.write(run_log.METRICS, row)
         bar.set_postfix_str(
             f"loss {loss:.3f}, {row['bits_per_byte']:.3f} bits/byte, {speed:.0f} tokens/s", refresh=False
         )
@@ -166,23 +195,25 @@ def run(settings: config.Settings, base: Any) -> None:
     def validate(step: int) -> float:
         nonlocal last_time
         bits = bits_per_byte(*assemble(state.params, frozen), settings, streams.validation, run.validation_tokens)
-        log.write(run_log.VALIDATION, {"step": step, "validation_bits_per_byte": bits})
-        bar.write(f"step {step}: held out {bits:.4f} bits per byte")
+        if log is not None:
+            log.write(run_log.VALIDATION, {"step": step, "validation_bits_per_byte": bits})
+            bar.write(f"step {step}: held out {bits:.4f} bits per byte")
         last_time = time.perf_counter()
         return bits
 
     try:
         pending: tuple[int, train.Metrics] | None = None
         for step in range(first_step + 1, run.steps + 1):
-            batch = next(batches)
-            reset = batch.reset if data.documents == "packed" else None
+            batch = distributed.place(next(batches), mesh, rows, data.batch_size)
+            reset = batch.reset if data.documents == "packed" or data.carry else None
             length = batch.length if data.documents == "rows" else None
             state, metrics = step_fn(state, batch.inputs, batch.targets, reset, length, frozen)
             # The step is running; meanwhile the one before it is read, so that the device never waits.
             if pending is not None:
                 finish(*pending)
             pending = (step, metrics)
-            save = step % run.checkpoint_every == 0 or step == run.steps or stop.requested
+            stopping = stop.requested if jax.process_count() == 1 else stop.agreed(step)
+            save = step % run.checkpoint_every == 0 or step == run.steps or stopping
             if save or step % run.validate_every == 0:
                 finish(*pending)
                 pending = None
@@ -190,113 +221,48 @@ def run(settings: config.Settings, base: Any) -> None:
                 if save:
                     position = {"text": streams.train.identity, "position": batches.get_state()}
                     checkpoints.save(state, position, settings, bits)
-            if stop.requested and save:
+            if stopping:
                 bar.close()
-                print(f"stopped by a signal; step {step} is saved, and the same command goes on from there")
+                if is_main:
+                    print(f"stopped by a signal; step {step} is saved, and the same command goes on from there")
                 return
         bar.close()
     finally:
         stop.release()
         bar.close()
-        log.close()
+        if log is not None:
+            log.close()
         checkpoints.close()
-    run_log.plot_losses(folder)
-    report(*assemble(state.params, frozen), settings, streams, other)
+    if is_main:
+        run_log.plot_losses(folder)
+    report(*assemble(state.params, frozen), settings, streams, other, mesh)
 
 
-def bits_per_byte(
-    params: Any, start: Any, settings: config.Settings, stream: text.TokenStream, limit: int | None
-) -> float:
-    """Returns the code length of a held-out text, its separators included, in bits per byte of text.
-
-    Args:
-        params: The model's.
-        start: The state of one row that rows start from; None is the zero state.
-        settings: The run's.
-        stream: The text.
-        limit: Use only this many tokens of it, from the start; None: all.
-    """
-    data = settings.data
-    batches = text.validation_batches(
-        stream, context_length=data.context_length, batch_size=data.batch_size, limit=limit, documents=data.documents
-    )
-    packed = data.documents == "packed"
-    cost = train.evaluate(params, settings.model, batches, settings.run.backend, start, packed=packed)
-    return cost.nats / cost.num_tokens / math.log(2) * len(stream.tokens) / stream.num_bytes
+def shared_by_processes(settings: config.Settings) -> dict[str, Any]:
+    """Returns what all processes of a run must have alike: every field but who they are, the code, and the versions."""
+    fields = {
+        f"{section}.{key}": value
+        for section, values in config.to_dict(settings).items()
+        for key, value in values.items()
+        if (section, key) not in {("mesh", "process_id"), ("mesh", "coordinator")}
+    }
+    return {**fields, "rwkv_jax's code": distributed.source_digest(), "JAX": jax.__version__}
 
 
-def second_held_out(settings: config.Settings) -> text.TokenStream | None:
-    """Returns the held-out text of finetune.compare_source, cut as by default; None where there is to be none."""
-    source, path = settings.finetune.compare_source, settings.finetune.compare_path
-    if source == "none":
-        return None
-    data = text.DataConfig(
-        source=source, path=path, tokenizer=settings.data.tokenizer, tokenizer_file=settings.data.tokenizer_file,
-        cache_dir=settings.data.cache_dir,
-    )  # fmt: skip
-    return text.load_streams(data).validation
+def describe(mesh: Mesh) -> str:
+    """Returns the devices of a mesh in words."""
+    kind = mesh.devices.flat[0].device_kind
+    if mesh.size == 1:
+        return kind
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+    processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    return f"{mesh.size} {kind} ({axes}){processes}"
 
 
-def report(
-    params: Any, start: Any, settings: config.Settings, streams: text.Streams, other: text.TokenStream | None
-) -> None:
-    """Prints the result beside two compressors' and the model tuned, a sample, and how to go on.
-
-    Args:
-        params: The model's.
-        start: The state of one row that rows start from; None is the zero state.
-        settings: The run's.
-        streams: Its text.
-        other: The second held-out text of a fine-tuning run, if any.
-    """
-    bits = bits_per_byte(params, start, settings, streams.validation, None)
-    print(f"\nheld-out text, {streams.validation.num_bytes} bytes, bits per byte:")
-    print(f"  {settings.model.architecture:8s} {bits:.4f}")
-    if (raw := streams.validation_bytes()) is not None:
-        print(f"  gzip -9  {8 * len(gzip.compress(raw, 9)) / len(raw):.4f}")
-        print(f"  xz -9    {8 * len(lzma.compress(raw, preset=9)) / len(raw):.4f}")
-    if settings.finetune.init_from is not None:
-        base = checkpoint.load_base(settings.run.folder)
-        rows = [
-            (f"{settings.data.source}, tuned on", bits_per_byte(base, None, settings, streams.validation, None), bits)
-        ]
-        if other is not None:
-            limit = settings.run.validation_tokens
-            before, after = (bits_per_byte(*m, settings, other, limit) for m in ((base, None), (params, start)))
-            rows.append((f"{settings.finetune.compare_source}, compared", before, after))
-        print("\nheld-out text, bits per byte before and after fine-tuning:")
-        for name, before, after in rows:
-            print(f"  {name:18s} {before:.4f} -> {after:.4f}")
-    if start is not None and hasattr(start, "wkv"):
-        path = Path(settings.run.folder, "state.safetensors")
-        rwkv_jax.save_state(path, start, settings.model)
-        print(f"\nthe learned state, for other programs: {path}")
-    print(f"\na sample, after {settings.run.prompt!r}:\n{settings.run.prompt}", end="")
-    sampling = generate.Sampling(temperature=0.8, top_p=0.95)
-    pieces = generate.stream(
-        params,
-        settings.model,
-        streams.tokenizer,
-        settings.run.prompt,
-        max_tokens=SAMPLE_TOKENS,
-        sampling=sampling,
-        state=start,
-    )
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    folder = settings.run.folder
-    print(f"\n\nresume or repeat:  {shlex.join(['python', *sys.argv])}")
-    generate_command = [
-        "python",
-        "experiments/generate.py",
-        "--checkpoint",
-        folder,
-        "--prompt",
-        settings.run.prompt,
-    ]
-    print(f"generate:          {shlex.join(generate_command)}")
-    if Path(folder, "loss.png").exists():
-        print(f"loss:              {Path(folder, 'loss.png')}")
+def peak_flops(mesh: Mesh, dtype: str) -> float | None:
+    """Returns the peak FLOP/s of a mesh; the devices of a CPU share its cores."""
+    peak, device = devices.peak_flops(jax.local_devices()[0], dtype), jax.local_devices()[0]
+    return peak if peak is None or device.platform == "cpu" else peak * mesh.size
 
 
 class StopSignal:
@@ -305,6 +271,10 @@ class StopSignal:
     def __init__(self):
         self.requested = False
         self._before = {number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def agreed(self, step: int) -> bool:
+        """Returns whether a process of several has had one; True in all of them at the same step."""
+        return step % STEPS_BETWEEN_STOPS == 0 and distributed.any_process(self.requested)
 
     def release(self) -> None:
         """Gives the signals back to whom they belonged."""

@@ -23,7 +23,7 @@ from . import finetune
 from . import params as p
 from .config import Settings
 from .convert.formats import open_checkpoint
-from .convert.official import config_in, float_dtype, to_params, weights
+from .convert.official import Shardings, config_in, float_dtype, to_params, weights
 from .models import Config
 from .save import save
 from .train import TrainState
@@ -158,8 +158,12 @@ def save_base(run_folder: str | Path, params: Any, config: Config) -> None:
     save(Path(run_folder, BASE), params, config)
 
 
-def load_base(run_folder: str | Path) -> Any:
+def load_base(run_folder: str | Path, sharding: Shardings | None = None) -> Any:
     """Returns the float32 parameters of the model that a run fine-tunes.
+
+    Args:
+        run_folder: The run's.
+        sharding: As in `rwkv_jax.load`.
 
     Raises:
         FileNotFoundError: The run's folder does not have them.
@@ -168,7 +172,7 @@ def load_base(run_folder: str | Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; it holds the model that this run fine-tunes, put it back")
     base = open_checkpoint(path)
-    return to_params(weights(base.tensors), config_in(base, path), float_dtype("float32"))
+    return to_params(weights(base.tensors), config_in(base, path), float_dtype("float32"), sharding)
 
 
 def load_checkpoint(

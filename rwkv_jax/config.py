@@ -255,6 +255,7 @@ def _sections(architecture: str) -> dict[str, type]:
         "optim": OptimConfig,
         "run": RunConfig,
         "finetune": FinetuneConfig,
+        "mesh": MeshConfig,
     }
 
 

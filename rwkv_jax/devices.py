@@ -29,7 +29,12 @@ def peak_flops(device: Any, dtype: str) -> float | None:
     """
     if device.platform == "cpu":
         return measure_gemm(dtype)
-    matches = [name for name in PEAK_BF16_TFLOPS if device.device_kind.startswith(name)]
+    return published_peak(device.device_kind)
+
+
+def published_peak(kind: str) -> float | None:
+    """Returns the published peak in FLOP/s of a `device_kind`, in bfloat16; None where it is not known."""
+    matches = [name for name in PEAK_BF16_TFLOPS if kind.startswith(name)]
     return PEAK_BF16_TFLOPS[max(matches, key=len)] * 1e12 if matches else None
 
 

@@ -70,7 +70,7 @@ def declare(config: FinetuneConfig, model: Config) -> Any:
     """Declares what is trained: the model's parameters; adapters, by mix and matrix; or the learned field of its state.
 
     Raises:
-        ValueError: A target is no matrix of the model.
+        ValueError: A target is no matrix of the model, or it has no WKV state.
     """
     if config.method == "lora":
         return _declare_adapters(config, model)
@@ -205,7 +205,11 @@ def _declare_adapter(matrix: p.Param, rank: int) -> Adapter:
 
 def _declare_state(model: Config) -> dict[str, p.Param]:
     state = jax.eval_shape(lambda: lm.init_state(model, 1))
-    name = "wkv" if "wkv" in state._fields else "aa"
+    name = next((name for name in ("wkv", "aa") if name in state._fields), None)
+    if name is None:
+        raise ValueError(
+            f"finetune.method is 'state', and a {model.architecture} has no WKV state to learn; set it to 'lora' or 'all'"
+        )
     shape = getattr(state, name).shape[2:]
     axes = ("heads", "head", "head") if len(shape) == 3 else ("embed",)
     return {name: p.Param("blocks.{layer}.att.time_state", shape, axes, p.zeros, decays=len(shape) == 3)}

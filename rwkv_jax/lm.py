@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from . import params as p
 from .models import Config, module_of
 from .nn.layer_norm import layer_norm
-from .nn.linear import embed, linear
+from .nn.linear import linear
 from .sharding import constrain
 
 _REMAT_POLICIES = {
@@ -40,7 +40,7 @@ def count_params(config: Config) -> int:
 
 
 def flops_per_token(config: Config) -> int:
-    """Returns the floating-point operations of a forward pass a token, in matrix products: 2 a weight, WKV not counted.
+    """Returns the floating-point operations of a forward pass a token, in matrix products: 2 a weight, WKV and attention not counted.
 
     Training costs three times as much. Source: arXiv 2305.13048, appendix B.
     """
@@ -75,7 +75,8 @@ def forward(
         length: How many tokens of each row count, 0 to T; those after leave the state untouched and their logits
             unspecified. None: all T.
         backend: Of the WKV operator: "scan" (one lax.scan over time, differentiable in any mode), "parallel" (over time,
-            reverse-mode), a kernel ("pallas_gpu", "pallas_tpu", reverse-mode), or None for the best here.
+            reverse-mode), a kernel ("pallas_gpu", "pallas_tpu", reverse-mode), or None for the best here. A transformer has
+            none to choose.
         positions: "last" gives the logits of the last token that counts only, [B, 1, A], and computes no others.
 
     Returns:
@@ -107,7 +108,7 @@ def hidden(
     _check(params, config, tokens, state, reset, length)
     wide = jnp.float64 if params.emb.dtype == jnp.float64 else jnp.float32
     dtype = wide if wide == jnp.float64 else jnp.dtype(config.dtype)
-    state = init_state(config, tokens.shape[0], wide) if state is None else state
+    state = model.fresh_state(config, tokens.shape[0], wide) if state is None else state
     state = jax.tree.map(lambda leaf: leaf.astype(wide), state)
 
     def layer(carry, inputs):
@@ -124,8 +125,7 @@ def hidden(
     foreign = (tokens < 0) | (tokens >= config.vocab_size)
     if length is not None:
         foreign &= jnp.arange(tokens.shape[1]) < length[:, None]
-    x = layer_norm(params.ln0, embed(params.emb, jnp.where(foreign, 0, tokens)).astype(dtype))
-    x = constrain(x, *_RESIDUAL)
+    x = model.embed_tokens(params, jnp.where(foreign, 0, tokens), dtype)
     (x, _), state = jax.lax.scan(layer, (x, model.init_depth(config, x)), (params.blocks, state))
     x = jnp.where(jnp.cumsum(foreign, axis=1)[..., None] > 0, jnp.nan, x)
     spoilt = foreign.any(1)

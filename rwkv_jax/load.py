@@ -27,9 +27,10 @@ def load(
     Files stay on disk, memory-mapped, and go to devices a parameter at a time.
 
     Args:
-        path: A .safetensors or .pth file under BlinkDL's official names, a folder of Hugging Face's (RWKV-4 of transformers, RWKV-7
-            of flash-linear-attention), a .bin of rwkv.cpp, or a checkpoint of ours: a run's folder, which means its newest
-            checkpoint, or one of its checkpoints/STEP. hf://ORG/REPO[/FILE][@REVISION] fetches any of these from the hub.
+        path: A .safetensors or .pth file under BlinkDL's official names, a folder of Hugging Face's (RWKV-4 and GPT-NeoX, such as
+            Pythia, of transformers, RWKV-7 of flash-linear-attention), a .bin of rwkv.cpp, or a checkpoint of ours: a run's folder,
+            which means its newest checkpoint, or one of its checkpoints/STEP. hf://ORG/REPO[/FILE][@REVISION] fetches any of these
+            from the hub.
         dtype: Of the parameters; None keeps the file's (float32 for what is quantised).
         sharding: Where the parameters go: a Sharding for all, a function from each `Param` to one, or a tree of them.
         ln_x_eps: Group norm's eps, which official files do not hold; None is what the format says, else 64e-5. RWKV-4 has none.

@@ -89,6 +89,11 @@ def uniform(bound: float) -> Initialiser:
     return lambda key, shape, layer: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
 
+def normal(std: float) -> Initialiser:
+    """Normal with mean 0 and this standard deviation."""
+    return lambda key, shape, layer: std * jax.random.normal(key, shape)
+
+
 def orthogonal(gain: float) -> Initialiser:
     """A random matrix with orthogonal rows or columns, times `gain`."""
     return lambda key, shape, layer: jax.nn.initializers.orthogonal(gain)(key, shape)

@@ -18,8 +18,8 @@ def save(path: str | Path, params: Any, config: Config, format: str | None = Non
         params: The model's.
         config: The model's.
         format: "safetensors" (official names), "pth" (the same, by torch: the extra `torch`; an ln_x_eps other than 64e-5 is not
-            in it, and must be given to `load`), "huggingface" (a folder that
-            transformers reads for RWKV-4, flash-linear-attention for RWKV-7), or None for what the path's suffix says:
+            in it, and must be given to `load`; not for a transformer), "huggingface" (a folder that transformers reads for RWKV-4
+            and the transformer, flash-linear-attention for RWKV-7), or None for what the path's suffix says:
             .safetensors or .st, .pth, or none for a folder.
 
     Raises:

@@ -1,25 +1,26 @@
 """Where arrays lie on many devices: a mesh with named axes, and one table from logical axes to them.
 
-`jax.jit` partitions the pure functions of this library (GSPMD): parameters are put on the mesh by `param_shardings`, and `constrain` says
-in a few places of the model how activations lie. Without a mesh in use (`jax.set_mesh`) nothing here does anything.
+`jax.jit` partitions the pure functions of this library (GSPMD): parameters are put on the mesh by `param_shardings`, and `constrain`
+says in a few places of the model how activations lie. Without a mesh in use (`jax.set_mesh`) nothing here does anything.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from . import params as p
+from .params import Param
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # Parameters, by the names in their declarations.
     "embed": "fsdp",
     "embed_out": "tensor",
     "att": "tensor",
+    "att_of_rank": ("tensor", "fsdp"),
     "ffn": "tensor",
     "heads": "tensor",
     "vocab": "tensor",
@@ -132,27 +133,35 @@ def spec(*axes: str | None) -> PartitionSpec:
     return PartitionSpec(*(None if axis is None else RULES[axis] for axis in axes))
 
 
-def param_specs(declaration: Any) -> Any:
-    """Returns the partition of every declared parameter, a tree like the declaration."""
-    return jax.tree.map(lambda param: spec(*(("layers",) if param.stacked else ()), *param.axes), declaration)
+def on(mesh: Mesh | AbstractMesh) -> Callable[[Param], Sharding]:
+    """Returns where a mesh has each declared parameter, for `rwkv_jax.load(path, sharding=on(mesh))`."""
+    if mesh.size == 1 and isinstance(mesh, Mesh):
+        return lambda param: SingleDeviceSharding(mesh.devices.flat[0])
+    return lambda param: NamedSharding(mesh, _of_param(param))
 
 
-def param_shardings(declaration: Any, num_layers: int, mesh: Mesh) -> Any:
+def _of_param(param: Param) -> PartitionSpec:
+    return spec(*(("layers",) if param.stacked else ()), *param.axes)
+
+
+def param_shardings(declaration: Any, num_layers: int, mesh: Mesh | AbstractMesh) -> Any:
     """Returns the sharding of every declared parameter on a mesh.
 
     Raises:
         ValueError: A mesh axis does not divide the dimension of a parameter that it cuts; all are listed.
     """
     wrong = []
-    for param, cut in zip(jax.tree.leaves(declaration), jax.tree.leaves(param_specs(declaration)), strict=True):
-        for size, mesh_axis in zip(param.stacked_shape(num_layers), cut, strict=True):
-            if mesh_axis is not None and size % mesh.shape[mesh_axis]:
-                wrong.append(f"{param.key}: {size} does not divide by mesh.{mesh_axis}={mesh.shape[mesh_axis]}")
+    for param in jax.tree.leaves(declaration):
+        for size, cut in zip(param.stacked_shape(num_layers), _of_param(param), strict=True):
+            names = () if cut is None else (cut,) if isinstance(cut, str) else cut
+            if size % math.prod(mesh.shape[name] for name in names):
+                parts = " x ".join(f"mesh.{name}={mesh.shape[name]}" for name in names)
+                wrong.append(f"{param.key}: {size} does not divide by {parts}")
     if wrong:
         raise ValueError(
             "the mesh does not fit the model; change the mesh's sizes or the model's:\n  " + "\n  ".join(wrong)
         )
-    return jax.tree.map(lambda cut: NamedSharding(mesh, cut), param_specs(declaration))
+    return jax.tree.map(on(mesh), declaration)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

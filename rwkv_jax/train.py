@@ -111,7 +111,9 @@ def train_state_shardings(shapes: TrainState, params: Any, optimizer: optax.Grad
         optimizer, lambda _, own: own, shapes.opt_state, params, transform_non_params=lambda _: whole
     )
     rows = NamedSharding(mesh, sharding.spec(None, "batch"))
-    return TrainState(whole, params, opt_state, whole, jax.tree.map(lambda _: rows, shapes.memory))
+    return shapes._replace(
+        step=whole, params=params, opt_state=opt_state, key=whole, memory=jax.tree.map(lambda _: rows, shapes.memory)
+    )
 
 
 def train_step(
@@ -158,6 +160,7 @@ def train_step(
     num_rows, num_tokens = inputs.shape
     segment = segment or num_tokens
     window = segment * (bptt or num_tokens // segment)
+    wide = jnp.promote_types(jax.tree.leaves(train_state.params)[0].dtype, jnp.float32)
     if num_rows % accumulate:
         raise ValueError(f"a batch of {num_rows} does not divide into accumulate={accumulate} parts")
     if num_tokens % segment or num_tokens % window:
@@ -179,7 +182,7 @@ def train_step(
             state, loss = run_segment(params, state, batch)
         else:
             run = jax.checkpoint(lambda state, part: run_segment(params, state, part))
-            state = init_state(config, batch[0].shape[0]) if state is None else state
+            state = init_state(config, batch[0].shape[0], wide) if state is None else state
             state, losses = jax.lax.scan(run, state, _cut(batch, segment))
             loss = jax.tree.map(lambda x: x.mean(), losses)
         return loss.total, (loss, state)
@@ -194,7 +197,7 @@ def train_step(
         if state is None:
             if assemble(train_state.params, frozen)[1] is not None:
                 raise ValueError("a learned first state needs the gradient of the whole row; leave bptt out")
-            state = init_state(config, batch[0].shape[0])
+            state = init_state(config, batch[0].shape[0], wide)
 
         def add(carry, part):
             total, state = carry
@@ -210,7 +213,8 @@ def train_step(
     if length is not None:
         valid = jnp.arange(num_tokens) < length[:, None]
         weights = accumulate * (num_tokens // segment) * valid / valid.sum()
-    batch, memory = (inputs, targets, reset, length, weights), train_state.memory
+    batch = (inputs, targets, reset, length, weights)
+    memory = jax.tree.map(lambda x: x.astype(wide), train_state.memory)
     if accumulate == 1:
         grads, loss, memory_after = gradient_of_rows(batch, memory)
     else:
@@ -242,7 +246,7 @@ def train_step(
             step=train_state.step + 1,
             params=params,
             opt_state=opt_state,
-            memory=None if memory is None else memory_after,
+            memory=None if memory is None else jax.tree.map(lambda x: x.astype(jnp.float32), memory_after),
         ),
         metrics,
     )
@@ -265,8 +269,8 @@ def _zeros_like(function: Any, *args: Any) -> Any:
 
 
 def _rounded(params: Any, like: Any, key: PRNGKeyArray) -> Any:
-    """Returns float32 parameters in the dtype that they are kept in. To bfloat16 they are rounded up or down at random, right on average:
-    rounded to nearest, steps smaller than half a digit would all be lost."""
+    """Returns float32 parameters in the dtype that they are kept in. To bfloat16 they are rounded up or down at random, right on
+    average: rounded to nearest, steps smaller than half a digit would all be lost."""
     leaves, structure = jax.tree.flatten(params)
 
     def one(i, x, kept):

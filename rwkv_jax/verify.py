@@ -14,8 +14,6 @@ from .command import errors_in_words
 from .lm import forward
 from .load import load
 from .models import Config, module_of
-from .nn.layer_norm import layer_norm
-from .nn.linear import embed
 from .text.tokenizers import get_tokenizer
 
 DTYPES = ("float32", "bfloat16", "float64")
@@ -28,7 +26,6 @@ rounding. The run that is checked also rounds on the way, which this stands for 
 _TRIALS = 4
 _FLOOR = 1e-13
 """Of what rounding explains; float64 against float64 is held to a little more than its own rounding."""
-_ORACLE = "scan"
 
 
 class Row(NamedTuple):
@@ -99,14 +96,14 @@ def verify(params: Any, config: Config, tokens: np.ndarray, dtype: str, backend:
     @jax.jit
     def exact(own, inputs):
         state = _layer(model.init_state(config, 1, jnp.float64), 0)
-        return model.block(own, config, inputs, state, backend=_ORACLE)[0]
+        return model.block(own, config, inputs, state, backend=config.reference_backend)[0]
 
     @jax.jit
     def rounded(own, inputs):
         state = _layer(model.init_state(config, 1, state_dtype), 0)
         return model.block(own, checked, inputs, state, backend=backend)[0]
 
-    x = layer_norm(wide(params.ln0), embed(wide(params.emb), jnp.asarray(tokens)))
+    x = model.embed_tokens(params, jnp.asarray(tokens), jnp.float64)
     inputs = (x, model.init_depth(config, x))
     key = jax.random.key(0)
     for layer in range(config.num_layers):
@@ -123,10 +120,10 @@ def verify(params: Any, config: Config, tokens: np.ndarray, dtype: str, backend:
         inputs = outputs
 
     run = jax.jit(forward, static_argnames=("config", "backend"))
-    expected = run(wide(params), config, tokens, backend=_ORACLE)[0]
+    expected = run(wide(params), config, tokens, backend=config.reference_backend)[0]
     found = run(narrow(params), checked, tokens, backend=backend)[0]
     keys = jax.random.split(jax.random.fold_in(key, config.num_layers), _TRIALS)
-    moved = [run(_moved(k, wide(params), unit), config, tokens, backend=_ORACLE)[0] for k in keys]
+    moved = [run(_moved(k, wide(params), unit), config, tokens, backend=config.reference_backend)[0] for k in keys]
     explained = max(_relative(one, expected, expected, unit) for one in moved)
     yield Row("logits", _relative(found, expected, expected, unit), explained)
 

@@ -19,9 +19,16 @@ SMALL = {
         value_rank=2,
         gate_rank=7,
     ),
+    # Its window is shorter than most of the tests' texts.
+    "transformer": rwkv_jax.TransformerConfig(**SIZE, head_dim=6, rotary_fraction=0.7, context_length=24),
 }
 """By a name of its own; an architecture may stand here more than once."""
+RWKV = [name for name in SMALL if name != "transformer"]
+"""Those with a WKV operator, and with official files of other programs."""
 FAST = ("rwkv4", "rwkv7")
 EVERY = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SMALL if name not in FAST)]
 """For tests that take long to compile."""
+EVERY_RWKV = [name for name in EVERY if name in FAST or name.values[0] in RWKV]
+BACKENDS = [(name, backend) for name in SMALL for backend in (("scan", "parallel") if name in RWKV else (None,))]
+"""(name, backend) of every model with each of its own that runs anywhere."""
 assert {config.architecture for config in SMALL.values()} == ARCHITECTURES.keys()

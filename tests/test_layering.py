@@ -23,6 +23,9 @@ def module_name(path):
     return ".".join(path.relative_to(base).with_suffix("").parts).removesuffix(".__init__")
 
 
+HARNESS = "rwkv_jax.harness"
+EXTRAS = {HARNESS: "lm_eval"}
+"""Modules that are of no use without an extra, and say so when they are imported."""
 MODULES = {module_name(path): path for path in LIBRARY + KERNELS}
 
 
@@ -82,18 +85,24 @@ def test_a_kernels_reference_imports_nothing_of_its_siblings(name):
     ("package", "allowed"),
     [
         ("rwkv_jax.params", ()),
+        ("rwkv_jax.sharding", ("rwkv_jax.params",)),
         ("rwkv_jax.text", ("rwkv_jax.text",)),
-        ("rwkv_jax.nn", ("rwkv_jax.nn", "rwkv_jax.params", "rwkv_kernels")),
+        ("rwkv_jax.nn", ("rwkv_jax.nn", "rwkv_jax.params", "rwkv_jax.sharding", "rwkv_kernels")),
         ("rwkv_jax.models", ("rwkv_jax.models", "rwkv_jax.nn", "rwkv_jax.params", "rwkv_kernels")),
-        ("rwkv_jax.lm", ("rwkv_jax.models", "rwkv_jax.nn", "rwkv_jax.params")),
+        ("rwkv_jax.lm", ("rwkv_jax.models", "rwkv_jax.nn", "rwkv_jax.params", "rwkv_jax.sharding")),
         ("rwkv_jax.convert", ("rwkv_jax.convert", "rwkv_jax.models", "rwkv_jax.nn", "rwkv_jax.params")),
         ("rwkv_jax.save", ("rwkv_jax.convert", "rwkv_jax.models")),
-        ("rwkv_jax.loss", ()),
+        ("rwkv_jax.loss", ("rwkv_jax.nn", "rwkv_jax.sharding")),
         ("rwkv_jax.optim", ("rwkv_jax.loss",)),
-        ("rwkv_jax.train", ("rwkv_jax.lm", "rwkv_jax.loss", "rwkv_jax.models")),
+        (
+            "rwkv_jax.train",
+            ("rwkv_jax.lm", "rwkv_jax.loss", "rwkv_jax.models", "rwkv_jax.params", "rwkv_jax.sharding"),
+        ),
         ("rwkv_jax.finetune", ("rwkv_jax.lm", "rwkv_jax.models", "rwkv_jax.params", "rwkv_jax.train")),
         ("rwkv_jax.nnx", ("rwkv_jax.lm", "rwkv_jax.models")),
         ("rwkv_jax.generate", ("rwkv_jax.lm", "rwkv_jax.models", "rwkv_jax.text")),
+        ("rwkv_jax.score", ("rwkv_jax.lm", "rwkv_jax.loss", "rwkv_jax.models")),
+        ("rwkv_jax.question", ("rwkv_jax.models", "rwkv_jax.score", "rwkv_jax.text")),
     ],
 )
 def test_a_layer_imports_only_from_those_above_it(package, allowed):
@@ -124,7 +133,7 @@ def test_what_is_imported_at_the_top_of_a_module_is_a_base_dependency():
     for name in part("rwkv_jax"):
         for found in {found.partition(".")[0] for found in imports(name, lazy=False)} - sys.stdlib_module_names:
             distributions = {distribution.lower() for distribution in providers.get(found, [found])}
-            if found not in ("rwkv_jax", "rwkv_kernels") and not distributions & base:
+            if found not in ("rwkv_jax", "rwkv_kernels", EXTRAS.get(name)) and not distributions & base:
                 undeclared[name] = found
     assert undeclared == {}
 
@@ -134,6 +143,11 @@ def test_only_the_writer_of_pth_imports_torch_and_only_when_it_writes():
         lazily = name != "rwkv_jax.convert.torch_file"
         found = {found.partition(".")[0] for found in imports(name, lazy=lazily)}
         assert not {"torch", "tensorflow"} & found, name
+
+
+def test_only_the_harness_imports_lm_eval_and_nothing_imports_the_harness():
+    assert [name for name in MODULES if "lm_eval" in {found.partition(".")[0] for found in imports(name)}] == [HARNESS]
+    assert [name for name in MODULES if HARNESS in imports(name)] == []
 
 
 def test_only_one_module_imports_flax():
@@ -165,5 +179,6 @@ def test_importing_the_package_starts_no_device_and_loads_no_heavy_dependency():
         "torch",
         "tensorflow",
         "tqdm",
+        "lm_eval",
     }
     assert not loaded & heavy

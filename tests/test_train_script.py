@@ -196,6 +196,23 @@ def test_bad_input_ends_with_a_message_that_names_it(corpus, tmp_path, overrides
 
 
 @pytest.mark.slow
+def test_the_transformers_quickstart_trains_on_and_generates(corpus, tmp_path):
+    file, folder = ROOT / "experiments/configs/quickstart_transformer.toml", tmp_path / "run"
+    script = [sys.executable, str(ROOT / "experiments/train.py"), "--cfg", str(file), "--run.folder", str(folder)]
+    text = ["--data.source", "text", "--data.path", str(corpus), "--data.cache_dir", str(tmp_path / "cache")]
+    sizes = ["--data.context_length", "32", "--model.num_layers", "2", "--run.steps", "3", "--run.peak_tflops", "1"]
+    rest = ["--data.validation_fraction", "0.2", "--optim.constant_steps", "1", "--optim.warmup_steps", "1"]
+    arguments = [*script, *text, *sizes, *rest]
+    result = subprocess.run(arguments, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert losses(folder)[2][1] < losses(folder)[0][1] and "transformer" in result.stdout
+    options = ["--checkpoint", str(folder), "--prompt", "state ", "--max_tokens", "5", "--temperature", "0"]
+    generate = [sys.executable, str(ROOT / "experiments/generate.py"), *options]
+    shown = subprocess.run(generate, capture_output=True, text=True, timeout=120)
+    assert shown.returncode == 0 and len(shown.stdout) > len("state "), shown.stderr
+
+
+@pytest.mark.slow
 def test_two_processes_do_not_train_in_one_folder(corpus, tmp_path):
     folder = tmp_path / "run"
     first = subprocess.Popen(

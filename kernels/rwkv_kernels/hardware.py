@@ -5,6 +5,7 @@ The environment that has them is made by the command in `ENVIRONMENT`. Nothing i
 
 import importlib.util
 import os
+import re
 from typing import Any, NamedTuple
 
 ENVIRONMENT = 'python3.11 -m venv .venv-aot && .venv-aot/bin/pip install -e ".[test,aot]"'
@@ -32,8 +33,10 @@ GPUS = {
     "a100": Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 1.41, 85_100_068_864, 2_039_040_000_000, 41_943_040, 167_936),
     "h200": Gpu("NVIDIA H200", (9, 0), 132, 1.98, 151_397_597_184, 4_800_000_000_000, 52_428_800, 233_472),
 }
-TPUS = {"v5e": ("v5e:2x2", "TPU v5 lite")}
+TPUS = {"v5e": ("v5e:2x2", "TPU v5 lite"), "v5p": ("v5p:2x2x1", "TPU v5")}
 """The least topology that can be described, and the kind of its devices."""
+TPU_MEMORY = {"v5e": 17_179_869_184, "v5p": 102_005_473_280}
+"""Bytes a device, from Google Cloud's pages: 16 and 95 GiB."""
 TARGETS = (*GPUS, *TPUS)
 
 
@@ -78,6 +81,40 @@ def abstract(target: str, mesh: Any) -> Any:
     return jax.sharding.AbstractMesh(
         mesh.devices.shape, mesh.axis_names, axis_types=mesh.axis_types, abstract_device=device
     )
+
+
+class Target(NamedTuple):
+    """Many devices of a kind, such as a cluster or a slice."""
+
+    kind: str
+    memory: int
+    """Bytes a device."""
+    devices: list[Any]
+    name: str
+
+    def abstract(self, mesh: Any) -> Any:
+        """As the function `abstract`."""
+        return abstract(self.name, mesh)
+
+
+def target(text: str) -> Target:
+    """Returns the devices of h200:HOSTSxGPUS or a100:HOSTSxGPUS, or of a TPU topology such as v5e:4x4 or v5p:2x2x2.
+
+    Raises:
+        ValueError: There is no such target.
+    """
+    from jax.experimental import topologies
+
+    name, _, size = text.partition(":")
+    if not re.fullmatch(r"\d+(x\d+)+", size) or name not in TARGETS or (name in GPUS and size.count("x") != 1):
+        raise ValueError(f"the target is {text!r}; it must be h200:4x8 (hosts x GPUs), a100:1x8, v5e:4x4 or v5p:2x2x2")
+    if name in GPUS:
+        description = topologies.get_topology_desc(
+            platform="cuda", topology_name="", topology=f"{size}x1", target_config=_describe(GPUS[name])
+        )
+        return Target(GPUS[name].name, GPUS[name].memory, list(description.devices), name)
+    description = topologies.get_topology_desc(platform="tpu", topology_name=text)
+    return Target(TPUS[name][1], TPU_MEMORY[name], list(description.devices), name)
 
 
 def _describe(gpu: Gpu) -> str:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..models import TransformerConfig
 from . import huggingface, rwkv_cpp, safetensors_file, torch_pickle
 from .stored import Checkpoint, unique
 
@@ -53,22 +54,24 @@ def _open_file(path: Path) -> Checkpoint:
     )
 
 
-def _named(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint, all of it, under official names."""
+def _named(checkpoint: Checkpoint, config: TransformerConfig | None = None) -> Checkpoint:
+    """The checkpoint, all of it, under official names; config as of `huggingface.config_of`."""
     tensors = unique((key.removeprefix(_PREFIX), tensor) for key, tensor in checkpoint.tensors.items())
-    named = huggingface.official(tensors)
+    named = huggingface.official(tensors, config)
     if checkpoint.ln_x_eps is None and named.keys() != tensors.keys():
         checkpoint = checkpoint._replace(ln_x_eps=huggingface.ln_x_eps(named))
-    return checkpoint._replace(tensors=named)
+    return checkpoint._replace(tensors=named, config=config or checkpoint.config)
 
 
 def _open_folder(folder: Path) -> Checkpoint:
     settings = _json(folder / _CONFIG)
     huggingface.check_config(settings, folder / _CONFIG)
+    with _naming(folder / _CONFIG):
+        config = huggingface.config_of(settings)
     parts = [_open_file(path) for path in _weight_files(folder)]
     with _naming(folder):
         merged = unique(pair for part in parts for pair in part.tensors.items())
-        named = _named(Checkpoint(f"Hugging Face folder, {parts[0].format}", merged))
+        named = _named(Checkpoint(f"Hugging Face folder, {parts[0].format}", merged), config)
         huggingface.check_sizes(settings, named.tensors)
     return named
 

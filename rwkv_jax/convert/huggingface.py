@@ -1,5 +1,7 @@
 """The names and settings of Hugging Face's models: RWKV-4 as transformers has it, RWKV-7 as flash-linear-attention has it.
 
+GPT-NeoX, whose names do not say all, is in `gpt_neox`.
+
 Source: transformers, models/rwkv/convert_rwkv_checkpoint_to_hf.py; fla-org/flash-linear-attention, utils/convert_from_rwkv7.py.
 """
 
@@ -8,8 +10,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..models import Config
+from ..models import Config, TransformerConfig
 from ..nn.layer_norm import EPS
+from . import gpt_neox
 from .stored import Checkpoint, Stored, Tensors, unique
 
 _RWKV4 = {
@@ -48,11 +51,28 @@ _VECTOR = re.compile(r"\.(x_\w|[wav]0|k_k|k_a)$")
 """Official names of what is [1, 1, D]."""
 _SHIFTS = "rwkvag"
 """Order of the token-shift weights in `x_x`, the older packing."""
-_MODEL_TYPES = {"rwkv": "rwkv4", "rwkv7": "rwkv7"}
+_MODEL_TYPES = ("rwkv", "rwkv7", gpt_neox.MODEL_TYPE)
 
 
-def official(tensors: Tensors) -> dict[str, Stored]:
-    """Returns the tensors under official names if they have Hugging Face's, else as they are."""
+def config_of(settings: Mapping[str, Any]) -> TransformerConfig | None:
+    """Returns the config that config.json describes, where the tensors do not show it themselves.
+
+    Raises:
+        ValueError: It is not one of the models here.
+    """
+    return gpt_neox.config_of(settings) if settings["model_type"] == gpt_neox.MODEL_TYPE else None
+
+
+def official(tensors: Tensors, config: TransformerConfig | None = None) -> dict[str, Stored]:
+    """Returns the tensors under official names if they have Hugging Face's, else as they are; config as of `config_of`.
+
+    Raises:
+        ValueError: They are GPT-NeoX's without a config.
+    """
+    if config is not None:
+        return gpt_neox.official(tensors, config)
+    if gpt_neox.recognises(tensors):
+        raise ValueError("the tensors are GPT-NeoX's, whose heads only its config.json says; load the folder of both")
     if any(key.startswith("rwkv.blocks.") for key in tensors):
         return unique((_translated(key.removeprefix("rwkv."), _RWKV4), tensor) for key, tensor in tensors.items())
     if any(key.startswith("model.layers.") and key.endswith(".attn.r_k") for key in tensors):
@@ -67,6 +87,8 @@ def check_config(settings: Mapping[str, Any], path: Any) -> None:
     kind = settings.get("model_type")
     if not isinstance(kind, str) or kind not in _MODEL_TYPES:
         raise ValueError(f"{path}: model_type is {kind!r}; what can be read is {', '.join(map(repr, _MODEL_TYPES))}")
+    if kind == gpt_neox.MODEL_TYPE:
+        return  # Its own config_of sees to that.
     eps = settings.get("norm_eps" if kind == "rwkv7" else "layer_norm_epsilon", EPS)
     if not isinstance(eps, float | int) or not math.isclose(eps, EPS):
         raise ValueError(f"{path}: layer norms with eps {eps}; RWKV's have {EPS}")
@@ -103,8 +125,10 @@ def exported(checkpoint: Checkpoint, config: Config) -> tuple[dict[str, Stored],
     if config.architecture == "rwkv7":
         _check_eps(tensors, checkpoint.ln_x_eps)
         return dict(_named_rwkv7(key, tensor) for key, tensor in tensors.items()), _config_rwkv7(tensors, config)
+    if isinstance(config, TransformerConfig):
+        return gpt_neox.exported(tensors, config)
     raise ValueError(
-        f"Hugging Face's folders exist for rwkv4 and rwkv7, not for {config.architecture}; save it as safetensors or pth"
+        f"Hugging Face's folders exist for rwkv4, rwkv7 and transformer, not for {config.architecture}; save it as safetensors or pth"
     )
 
 

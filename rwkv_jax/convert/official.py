@@ -41,7 +41,7 @@ def config_in(checkpoint: Checkpoint, origin: Any, ln_x_eps: float | None = None
     if checkpoint.tensors and not shapes:
         raise ValueError(f"{origin}: a tuned state, not a model; read it with rwkv_jax.load_state(path, config)")
     try:
-        config = config_of(shapes)
+        config = checkpoint.config or config_of(shapes)
     except ValueError as error:
         raise ValueError(f"{origin}: not a checkpoint of RWKV under the official names: {error}") from None
     problems = p.official_problems(shapes, module_of(config).declare(config), config.num_layers)

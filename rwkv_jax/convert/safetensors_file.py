@@ -5,6 +5,7 @@ Read and written here rather than by the safetensors package so that one tensor 
 Source: https://github.com/huggingface/safetensors, section Format.
 """
 
+import dataclasses
 import json
 import math
 import struct
@@ -13,6 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from ..models import ARCHITECTURES, Config
 from .progress import progress
 from .stored import FLOATS, Checkpoint, Stored, Tensors, mapped
 
@@ -32,7 +34,8 @@ _NAMES = {dtype: name for name, dtype in _TYPES.items() if dtype in FLOATS.value
 _ALIGNMENT = 8
 """Of the first tensor, as the safetensors package pads its header."""
 _EPS = "ln_x_eps"
-"""Our own entry in the metadata, which other readers pass over."""
+_CONFIG = "rwkv_jax_config"
+"""Our own entries in the metadata, which other readers pass over."""
 
 
 def begins(head: bytes) -> bool:
@@ -51,14 +54,17 @@ def read(path: Path) -> Checkpoint:
         metadata = header.pop("__metadata__", {})
         room = path.stat().st_size - start
         tensors = {key: _stored(path, start, room, entry) for key, entry in header.items()}
-        return Checkpoint("safetensors", tensors, float(metadata[_EPS]) if _EPS in metadata else None)
+        eps = float(metadata[_EPS]) if _EPS in metadata else None
+        config = _config(json.loads(metadata[_CONFIG])) if _CONFIG in metadata else None
+        return Checkpoint("safetensors", tensors, eps, config)
     except (ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError) as error:
         raise ValueError(f"{path}: truncated, or not a safetensors file ({error}); fetch or convert it again") from None
 
 
-def write(file: BinaryIO, tensors: Tensors, ln_x_eps: float | None = None) -> None:
-    """Writes tensors one at a time, in the types they have."""
+def write(file: BinaryIO, tensors: Tensors, ln_x_eps: float | None = None, config: Config | None = None) -> None:
+    """Writes tensors one at a time, in the types they have, and in the metadata what is to be found there again."""
     metadata = {"format": "pt"} | ({} if ln_x_eps is None else {_EPS: repr(ln_x_eps)})
+    metadata |= {} if config is None else {_CONFIG: json.dumps(dataclasses.asdict(config))}
     header: dict[str, Any] = {"__metadata__": metadata}
     # Widest types first, as the safetensors package orders them, so that every tensor is aligned to its type.
     order = sorted(tensors, key=lambda key: -tensors[key].dtype.itemsize)
@@ -88,6 +94,10 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
     if not isinstance(header, dict):
         raise ValueError("its header is not a table")
     return header, 8 + length
+
+
+def _config(values: dict[str, Any]) -> Config:
+    return ARCHITECTURES[values["architecture"]](**values)
 
 
 def _stored(path: Path, start: int, room: int, entry: dict[str, Any]) -> Stored:

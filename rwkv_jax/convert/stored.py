@@ -9,6 +9,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from ..models import Config
+
 FLOATS = {
     "float64": np.dtype(np.float64),
     "float32": np.dtype(np.float32),
@@ -71,6 +73,8 @@ class Checkpoint(NamedTuple):
     tensors: dict[str, Stored]
     ln_x_eps: float | None = None
     """Group norm's eps, where the format says it."""
+    config: Config | None = None
+    """The model's, where the format says all of it."""
 
 
 def check_range(values: np.ndarray, cast: np.ndarray, name: str) -> None:

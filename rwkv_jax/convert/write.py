@@ -49,11 +49,17 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint, config: Config, format:
                 safetensors_file.write(file, tensors)
                 _flush(file)
         return
+    told = None if config.implied_by_shapes else config
+    if format == "pth" and told is not None:
+        raise ValueError(
+            f"{path}: a .pth has no room for what the tensors of a {config.architecture} do not show; save it as safetensors or "
+            "huggingface"
+        )
     with whole_file(path) as file:
         if format == "pth":
             torch_file.write(file, _layer_by_layer(checkpoint.tensors))
         else:
-            safetensors_file.write(file, checkpoint.tensors, checkpoint.ln_x_eps)
+            safetensors_file.write(file, checkpoint.tensors, checkpoint.ln_x_eps, told)
 
 
 @contextmanager

@@ -1,9 +1,11 @@
 """The models: siblings behind one interface.
 
-Each module has its config (a frozen dataclass, named in `ARCHITECTURES`), Params with emb, ln0, blocks, ln_out and head, and
+Each module has its config (a frozen dataclass, named in `ARCHITECTURES`), Params with emb, blocks, ln_out and head, and
     declare(config)                                 every parameter, once
     recognises(shapes), config_of(shapes)           for official checkpoints
     init_state(config, batch_size, dtype)           the zero state: what goes along time
+    fresh_state(config, batch_size, dtype)          what a call without a state begins with: the zero state, or less that means it
+    embed_tokens(params, tokens, dtype)             what the first block reads
     init_depth(config, x)                           what goes along layers beside the residual
     block(params, config, (x, depth), state, reset=, length=, backend=) -> ((x, depth), state)
 A new version is a new file and a line in each of the two tables below.
@@ -11,19 +13,21 @@ A new version is a new file and a line in each of the two tables below.
 
 from types import ModuleType
 
-from . import rwkv4, rwkv5, rwkv6, rwkv7
+from . import rwkv4, rwkv5, rwkv6, rwkv7, transformer
 from .base import ModelConfig as Config
 from .base import Shapes
 from .rwkv4 import RWKV4Config
 from .rwkv5 import RWKV5Config
 from .rwkv6 import RWKV6Config
 from .rwkv7 import RWKV7Config
+from .transformer import TransformerConfig
 
 ARCHITECTURES: dict[str, type[Config]] = {
     "rwkv4": RWKV4Config,
     "rwkv5": RWKV5Config,
     "rwkv6": RWKV6Config,
     "rwkv7": RWKV7Config,
+    "transformer": TransformerConfig,
 }
 """Config class by the name in its `architecture` field."""
 
@@ -32,6 +36,7 @@ _MODULES: dict[type[Config], ModuleType] = {
     RWKV5Config: rwkv5,
     RWKV6Config: rwkv6,
     RWKV7Config: rwkv7,
+    TransformerConfig: transformer,
 }
 
 

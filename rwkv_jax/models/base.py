@@ -3,18 +3,31 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shapes of an official checkpoint's tensors, by key."""
 
-TOKENIZERS = {256: "bytes", 50277: "20b", 50304: "20b", 65536: "world"}
+Tokenizer = Literal["bytes", "20b", "world"]
+TOKENIZERS: dict[int, Tokenizer] = {
+    256: "bytes",
+    50277: "20b",
+    50304: "20b",
+    50432: "20b",
+    50688: "20b",
+    65536: "world",
+}
 """Tokenizer by the vocabulary sizes of released models."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The size of a model and how it computes."""
+
+    implied_by_shapes: ClassVar[bool] = True
+    """Whether the shapes of a checkpoint's tensors say all that the config does of the model."""
+    reference_backend: ClassVar[str | None] = "scan"
+    """The backend that the others are held against; none where there is nothing to choose."""
 
     architecture: str = ""
     """Which model this is."""
@@ -33,7 +46,7 @@ class ModelConfig:
     remat: Literal["block", "elementwise", "none"] = "block"
     """What the backward pass recomputes instead of storing: every block from its input (least memory), all but the matrix
     products (fastest on CPU), or nothing."""
-    tokenizer: Literal["bytes", "20b", "world"] | None = None
+    tokenizer: Tokenizer | None = None
     """The tokenizer that the model was trained with; none: not known."""
 
     def __post_init__(self):

@@ -19,7 +19,7 @@ from rwkv_kernels.wkv4 import init_wkv4_state
 
 from .. import params as p
 from ..nn.layer_norm import LayerNorm, declare_layer_norm, layer_norm
-from ..nn.linear import linear
+from ..nn.linear import embed, linear
 from ..nn.token_shift import token_shift
 from ..nn.wkv import wkv4
 from .base import ModelConfig, Shapes, common_fields
@@ -173,6 +173,15 @@ def init_state(config: RWKV4Config, batch_size: int, dtype=jnp.float32) -> State
     layer = partial(jnp.zeros, (batch_size, config.embed_dim), dtype)
     one = State(layer(), layer(), *init_wkv4_state(batch_size, config.embed_dim, dtype))
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (config.num_layers, *x.shape)), one)
+
+
+fresh_state = init_state
+"""What a call without a state begins with."""
+
+
+def embed_tokens(params: Params, tokens: Int[Array, "B T"], dtype) -> Float[Array, "B T D"]:
+    """Returns what the first block reads, in `dtype`: the tokens' rows of the embedding, normalised by ln0."""
+    return layer_norm(params.ln0, embed(params.emb, tokens).astype(dtype))
 
 
 def time_mix(

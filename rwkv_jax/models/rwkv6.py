@@ -17,7 +17,7 @@ from rwkv_kernels import init_wkv6_state
 from .. import params as p
 from ..nn.group_norm import group_norm
 from ..nn.layer_norm import LayerNorm, declare_layer_norm, layer_norm
-from ..nn.linear import linear
+from ..nn.linear import embed, linear
 from ..nn.token_shift import token_shift
 from ..nn.wkv import wkv6
 from .base import ModelConfig, Shapes, common_fields, rounded_width
@@ -204,7 +204,7 @@ def declare(config: RWKV6Config) -> Params:
         time_maa_w2=tensor("att.time_maa_w2", (5, mix_rank, width), ("mix", "mix_rank", "embed"), small),
         time_decay=vector("att.time_decay", decay, lr_multiple=2.0),
         time_decay_w1=tensor("att.time_decay_w1", (width, decay_rank), ("embed", "decay_rank"), p.zeros),
-        time_decay_w2=tensor("att.time_decay_w2", (decay_rank, width), ("decay_rank", "att"), small),
+        time_decay_w2=tensor("att.time_decay_w2", (decay_rank, width), ("decay_rank", "att_of_rank"), small),
         time_faaaa=tensor("att.time_faaaa", (config.num_heads, config.head_dim), ("heads", "head"), bonus),
         receptance=matrix("att.receptance", square, ("embed", "att"), p.orthogonal(1.0)),
         key=matrix("att.key", square, ("embed", "att"), p.orthogonal(0.1)),
@@ -244,6 +244,15 @@ def init_state(config: RWKV6Config, batch_size: int, dtype=jnp.float32) -> State
     shift = jnp.zeros((config.num_layers, batch_size, config.embed_dim), dtype)
     wkv = init_wkv6_state(batch_size, config.num_heads, config.head_dim, config.head_dim, dtype)
     return State(shift, shift, jnp.broadcast_to(wkv, (config.num_layers, *wkv.shape)))
+
+
+fresh_state = init_state
+"""What a call without a state begins with."""
+
+
+def embed_tokens(params: Params, tokens: Int[Array, "B T"], dtype) -> Float[Array, "B T D"]:
+    """Returns what the first block reads, in `dtype`: the tokens' rows of the embedding, normalised by ln0."""
+    return layer_norm(params.ln0, embed(params.emb, tokens).astype(dtype))
 
 
 def time_mix(

@@ -19,7 +19,7 @@ from rwkv_kernels import init_wkv7_state
 from .. import params as p
 from ..nn.group_norm import group_norm
 from ..nn.layer_norm import LayerNorm, declare_layer_norm, layer_norm
-from ..nn.linear import linear
+from ..nn.linear import embed, linear
 from ..nn.token_shift import token_shift
 from ..nn.wkv import wkv7
 from .base import ModelConfig, Shapes, common_fields
@@ -240,7 +240,7 @@ def declare(config: RWKV7Config) -> Params:
 
     def up(name, rank, may_lack=()):
         init = p.orthogonal(0.1 * max(1.0, rank / width) ** 0.5)
-        return p.Param(f"blocks.{{layer}}.att.{name}", (rank, width), ("rank", "att"), init, may_lack=may_lack)
+        return p.Param(f"blocks.{{layer}}.att.{name}", (rank, width), ("rank", "att_of_rank"), init, may_lack=may_lack)
 
     def matrix(name, shape, axes, init):
         key = name if name.startswith(("emb", "head")) else f"blocks.{{layer}}.{name}"
@@ -313,6 +313,15 @@ def init_depth(config: RWKV7Config, x: Float[Array, "B T D"]) -> Depth:
     """Returns what layer 0 is handed besides the residual."""
     del config
     return Depth(jnp.zeros((), jnp.int32), jnp.zeros_like(x))
+
+
+fresh_state = init_state
+"""What a call without a state begins with."""
+
+
+def embed_tokens(params: Params, tokens: Int[Array, "B T"], dtype) -> Float[Array, "B T D"]:
+    """Returns what the first block reads, in `dtype`: the tokens' rows of the embedding, normalised by ln0."""
+    return layer_norm(params.ln0, embed(params.emb, tokens).astype(dtype))
 
 
 def time_mix(

@@ -1,1 +1,1 @@
-"""What all versions of RWKV share between their blocks."""
+"""What models are made of."""

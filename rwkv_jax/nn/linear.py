@@ -24,4 +24,6 @@ def linear(x: Float[Array, "B T D"], weight: Float[Array, "D E"], dtype: Any = N
 
 def embed(table: Float[Array, "A D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """Returns the tokens' rows of the table; a token outside the vocabulary gives NaN rather than some other row."""
-    return constrain(table, "vocab", None).at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    rows = constrain(table, "vocab", None).at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    # Here, and not after a norm: XLA's partitioner (JAX 0.10) gives wrong numbers when one row's channels become cut tokens.
+    return constrain(rows, "batch", "time", "residual")

@@ -4,12 +4,13 @@ import argparse
 import signal
 import subprocess
 import sys
+from itertools import product
 
 import numpy as np
 import pytest
 import safetensors.numpy
 from checkpoint_files import assert_same_bits, official, random_params, write_rwkv_cpp
-from small_models import SMALL
+from small_models import EVERY, RWKV, SMALL
 
 import rwkv_jax
 from rwkv_jax import inspect, verify
@@ -43,7 +44,7 @@ def test_convert_writes_what_load_and_save_would(target, dtype, model, tmp_path,
     assert "wrote" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", RWKV)
 def test_convert_reads_every_version(name, tmp_path):
     config, params = SMALL[name], random_params(SMALL[name])
     write_rwkv_cpp(tmp_path / "m.bin", official(params, config))
@@ -101,16 +102,23 @@ def test_inspect_says_what_is_wrong(shared, tmp_path, capsys, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", [*(f"synthetic-rwkv-{v}" for v in ("4v0", "5v1", "5v2", "6v0", "7v0"))])
-def test_every_version_is_within_its_rounding(name, dtype, shared, capsys):
-    verify.main([str(shared / f"reference/{name}.safetensors"), "--dtype", dtype, "--tokens", "40"])
+@pytest.mark.parametrize(
+    ("version", "dtype"),
+    [
+        ("4v0", "bfloat16"), ("7v0", "float32"),
+        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in (
+            ("4v0", "float32"), ("7v0", "bfloat16"), *product(("5v1", "5v2", "6v0"), ("float32", "bfloat16")),
+        )),
+    ],
+)  # fmt: skip
+def test_every_version_is_within_its_rounding(version, dtype, shared, capsys):
+    verify.main([str(shared / f"reference/synthetic-rwkv-{version}.safetensors"), "--dtype", dtype, "--tokens", "40"])
     out = capsys.readouterr().out
     assert f"within the rounding of {dtype}" in out
     assert out.count(" ok") == 4  # three layers and the logits
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", EVERY)
 def test_a_layer_that_is_wrong_is_named(name, tmp_path, monkeypatch, capsys):
     config, params = SMALL[name], random_params(SMALL[name])
     ln1 = params.blocks.ln1

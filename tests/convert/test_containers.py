@@ -25,7 +25,7 @@ from checkpoint_files import (
     write_rwkv_cpp,
     write_torch,
 )
-from small_models import SMALL
+from small_models import RWKV, SMALL
 
 import rwkv_jax
 from rwkv_jax.convert.formats import open_checkpoint
@@ -96,7 +96,7 @@ def test_weights_written_by_another_program_give_the_same_logits(container, name
     np.testing.assert_allclose(logits[0], expected["logits"][:64], rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", RWKV)
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("container", ["zip", "older"])
 def test_torch_files_load_bit_for_bit_without_torch(container, dtype, name, tmp_path):

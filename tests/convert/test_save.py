@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from checkpoint_files import assert_same_bits, needs, official, random_params, with_eps
-from small_models import SMALL
+from small_models import RWKV, SMALL
 
 import rwkv_jax
 from rwkv_jax.convert import safetensors_file
@@ -21,7 +21,7 @@ from rwkv_jax.convert.formats import open_checkpoint
 
 CONFIG = rwkv_jax.RWKV4Config(vocab_size=17, num_layers=2, embed_dim=6)
 DTYPES = ["float32", "float16", "bfloat16"]
-FOLDERS = [name for name, config in SMALL.items() if config.architecture in ("rwkv4", "rwkv7")]
+FOLDERS = [name for name, config in SMALL.items() if config.architecture in ("rwkv4", "rwkv7", "transformer")]
 
 
 def expressible(config):
@@ -41,7 +41,7 @@ def test_safetensors_give_back_every_bit_and_the_config(file, name, dtype, tmp_p
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", RWKV)
 def test_pth_gives_back_every_bit_and_torch_reads_it(name, dtype, tmp_path):
     needs("torch")
     torch: Any = importlib.import_module("torch")
@@ -56,7 +56,7 @@ def test_pth_gives_back_every_bit_and_torch_reads_it(name, dtype, tmp_path):
         np.testing.assert_array_equal(by_torch[key].float().numpy(), tensor.astype(np.float32))
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", RWKV)
 def test_pth_is_ordered_layer_by_layer_as_official_files_are(name, tmp_path):
     needs("torch")
     rwkv_jax.save(tmp_path / "m.pth", random_params(SMALL[name]), SMALL[name])

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_models import EVERY, SMALL
+from small_models import BACKENDS, EVERY, FAST, SMALL
 
 import rwkv_jax
 
 
-@pytest.fixture(params=EVERY)
+@pytest.fixture
 def config(request):
     return SMALL[request.param]
 
@@ -22,6 +22,11 @@ def params(config, x64):
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float64) + 0.3 * rng.normal(size=x.shape), fresh)
 
 
-@pytest.fixture(params=["scan", "parallel"])
-def backend(request):
-    return request.param
+def pytest_generate_tests(metafunc):
+    """A test of a model has each of them, and one of a model with a backend each with each of its own."""
+    given = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    if {"config", "backend"} <= set(metafunc.fixturenames):
+        pairs = [pytest.param(*pair, marks=() if pair[0] in FAST else pytest.mark.slow) for pair in BACKENDS]
+        metafunc.parametrize(("config", "backend"), pairs, indirect=["config"])
+    elif "config" in metafunc.fixturenames and "config" not in given:
+        metafunc.parametrize("config", EVERY, indirect=True)

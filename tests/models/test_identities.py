@@ -1,4 +1,4 @@
-"""What every version must satisfy with every backend, in float64."""
+"""What every model must satisfy with each of its backends, in float64."""
 
 from functools import partial
 from itertools import pairwise
@@ -8,11 +8,16 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_models import EVERY_RWKV
 
 import rwkv_jax
 from rwkv_jax.models import module_of
 
 close = partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-11)
+
+
+OF_WKV = pytest.mark.parametrize("config", EVERY_RWKV, indirect=True)
+"""What is said of the backends of the WKV operator."""
 
 
 def trees_close(actual, expected):
@@ -132,6 +137,7 @@ def gradients(params, config, tokens, state, reset, length, backend):
     return jax.jit(jax.grad(loss, argnums=(0, 1)))(params, state)
 
 
+@OF_WKV
 @pytest.mark.parametrize("hard", [False, True], ids=["plain", "resets_and_lengths"])
 def test_gradients_of_parameters_and_states_equal_autodiff_of_the_scan(params, config, hard):
     tokens, rng = draw(config, 3, 21), np.random.default_rng(1)
@@ -145,6 +151,7 @@ def test_gradients_of_parameters_and_states_equal_autodiff_of_the_scan(params, c
         assert np.linalg.norm(a - e) <= 1e-10 * np.linalg.norm(e) + 1e-300
 
 
+@pytest.mark.slow
 def test_remat_changes_no_gradient(params, config, backend):
     import dataclasses
 
@@ -158,6 +165,7 @@ def test_remat_changes_no_gradient(params, config, backend):
         trees_close(other, plain)
 
 
+@pytest.mark.slow
 def test_vmap_over_stacked_parameters_equals_a_loop(params, config, backend):
     stacked = jax.tree.map(lambda x: jnp.stack([x, 1.1 * x, x - 0.1]), params)
     tokens = draw(config, 2, 11)
@@ -193,6 +201,7 @@ def test_state_size_does_not_grow_with_length(run, config):
     assert jax.tree.map(jnp.shape, short) == jax.tree.map(jnp.shape, long)
 
 
+@OF_WKV
 def test_scan_takes_jvp_and_hessian_products(params, config):
     tokens = draw(config, 1, 7)
     loss = lambda p: rwkv_jax.forward(p, config, tokens, backend="scan")[0].var()
@@ -214,6 +223,7 @@ def lengths_of_loops(jaxpr):
             yield from lengths_of_loops(sub)
 
 
+@OF_WKV
 def test_parallel_has_no_loop_over_time_forward_or_backward(params, config):
     loss = lambda p, backend: rwkv_jax.forward(p, config, draw(config, 1, 121), backend=backend)[0].sum()
     assert 121 in list(lengths_of_loops(jax.make_jaxpr(jax.grad(partial(loss, backend="scan")))(params).jaxpr))
@@ -236,7 +246,7 @@ def test_layers_compose_into_the_model(params, config, backend):
     from rwkv_jax.nn.layer_norm import layer_norm
 
     model, tokens = module_of(config), draw(config, 2, 9)
-    x, states = layer_norm(params.ln0, params.emb[tokens]), []
+    x, states = model.embed_tokens(params, tokens, jnp.float64), []
     depth = model.init_depth(config, x)
     for layer in range(config.num_layers):
         own = jax.tree.map(
@@ -260,7 +270,6 @@ def test_layers_compose_into_the_model(params, config, backend):
         ({"reset": jnp.zeros((2, 4), bool)}, r"reset is bool \(2, 4\)"),
         ({"length": jnp.array([1, 6])}, "length runs from 1 to 6"),
         ({"length": jnp.array([1])}, r"length is int32 \(1,\)"),
-        ({"backend": "cuda"}, "(?s)parallel: runs here.*scan: runs here"),
         ({"positions": "first"}, "'first'"),
     ],
 )
@@ -269,6 +278,13 @@ def test_bad_input_is_refused_with_value_and_rule(config, unchecked, change, mes
     arguments = {"tokens": jnp.zeros((2, 5), jnp.int32)} | change
     with pytest.raises((ValueError, TypeError), match=message):
         rwkv_jax.forward(params, config, **arguments)
+
+
+@OF_WKV
+def test_a_backend_that_is_not_there_is_refused_with_those_that_are(config):
+    params = rwkv_jax.init(jax.random.key(0), config)
+    with pytest.raises(ValueError, match="(?s)parallel: runs here.*scan: runs here"):
+        rwkv_jax.forward(params, config, jnp.zeros((2, 5), jnp.int32), backend="cuda")
 
 
 def test_state_of_another_batch_and_params_of_another_config_are_refused(config):

@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_models import EVERY, SMALL
+from small_models import EVERY_RWKV, SMALL
 
 import rwkv_jax
 
 
 @pytest.mark.parametrize("backend", ["pallas_gpu_interpreted", "pallas_tpu_interpreted"])
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", EVERY_RWKV)
 def test_logits_state_and_gradients_equal_the_chunked_form(name, backend, x64):
     config = SMALL[name]
     rng = np.random.default_rng(0)

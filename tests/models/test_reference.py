@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracles import ORACLES
+from small_models import BACKENDS as EACH_BACKEND
 from small_models import SMALL
 
 import rwkv_jax
@@ -52,11 +53,12 @@ def load_reference(shared, name, dtype):
 
 
 def options(config):
-    return {"ln_x_eps": config.ln_x_eps} if hasattr(config, "ln_x_eps") else {}
+    sizes = ("head_dim", "rotary_fraction", "context_length", "parallel_residual")
+    names = sizes if config.architecture == "transformer" else ("ln_x_eps",)
+    return {name: getattr(config, name) for name in names if hasattr(config, name)}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(("name", "backend"), EACH_BACKEND)
 def test_random_weights_equal_the_numpy_oracle(name, backend, x64):
     config = SMALL[name]
     rng = np.random.default_rng(0)

@@ -25,6 +25,11 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
+def softmax(x):
+    powers = np.exp(x - x.max())
+    return powers / powers.sum()
+
+
 def num_layers(weights):
     return 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("blocks."))
 

@@ -1,0 +1,198 @@
+"""Questions with given answers: which choice continues a text, or fills a blank in it, most likely."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from .models import Config
+from .score import BatchSize, Request, score
+from .text.prompt import FirstToken, encode_context, encode_pair
+from .text.tokenizers import Tokenizer
+
+Normalise = Literal["none", "tokens", "bytes", "unconditional"]
+"""What a choice's log-likelihood is made comparable by: nothing; divided by its tokens, or by its bytes; or less the log-likelihood
+that it has without the text, which takes away how common the choice is."""
+
+
+class Answer(NamedTuple):
+    """Which choice a model takes."""
+
+    index: int
+    """Of the choice with the greatest score; of equal ones the first."""
+    scores: tuple[float, ...]
+    """Of each choice, in nats, normalised."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A text and the choices of what follows it, or of what fills the blank in it."""
+
+    text: str
+    choices: Sequence[str]
+    blank: str | None = None
+    """What marks the blank in the text; none: the choice follows the text."""
+    separator: str = " "
+    """Between the text and the choice that follows it."""
+    gold: int | None = None
+    """Index of the right choice, where it is known."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "choices", tuple(self.choices))  # Hashable, and no one else's list.
+        if len(self.choices) < 2:
+            raise ValueError(f"choices is {list(self.choices)}; give at least two")
+        if "" in self.choices:
+            raise ValueError(f"choice {self.choices.index('')} is empty; each must have some text")
+        for i, choice in enumerate(self.choices):
+            if choice in self.choices[:i]:
+                raise ValueError(f"choices {self.choices.index(choice)} and {i} are both {choice!r}; leave one out")
+        if self.gold is not None and not 0 <= self.gold < len(self.choices):
+            raise ValueError(
+                f"gold is {self.gold}; with {len(self.choices)} choices it must be 0 to {len(self.choices) - 1}"
+            )
+        if self.blank is not None:
+            if not self.blank:
+                raise ValueError("blank is empty; give the mark that stands for it, such as '_'")
+            if (found := self.text.count(self.blank)) != 1:
+                raise ValueError(
+                    f"the text has {found or 'no'} {'blanks' if found else 'blank'} {self.blank!r}; it must have one "
+                    "(blank= names another mark)"
+                )
+
+    @property
+    def context(self) -> str:
+        """What stands before the choice."""
+        return self.text if self.blank is None else self.text.partition(self.blank)[0]
+
+    @property
+    def continuations(self) -> tuple[str, ...]:
+        """What is scored of each choice: with a blank, the rest of the text belongs to it."""
+        before = self.separator if self.blank is None else ""
+        after = "" if self.blank is None else self.text.partition(self.blank)[2]
+        return tuple(before + choice + after for choice in self.choices)
+
+
+def answer(
+    params: Any,
+    config: Config,
+    tokenizer: Tokenizer,
+    text: str,
+    choices: Sequence[str],
+    *,
+    normalise: Normalise = "none",
+    first_token: FirstToken = "newline",
+    separator: str = " ",
+    start: Any = None,
+) -> Answer:
+    """Returns the index of the choice that most likely continues a text, and the scores of all.
+
+    Args:
+        params: The model's.
+        config: The model's.
+        tokenizer: The model's.
+        text: Such as a question.
+        choices: At least two, all different.
+        normalise: How the scores of choices are made comparable.
+        first_token: What stands before the text.
+        separator: Between the text and each choice.
+        start: The state of one row that the text starts from; None is the zero state.
+
+    Raises:
+        ValueError: The choices are fewer than two, empty or equal, or the tokenizer is not the model's.
+    """
+    question = [Question(text, choices, separator=separator)]
+    (found,) = answer_all(
+        params, config, tokenizer, question, normalise=normalise, first_token=first_token, start=start
+    )
+    return found
+
+
+def fill_blank(
+    params: Any,
+    config: Config,
+    tokenizer: Tokenizer,
+    text: str,
+    choices: Sequence[str],
+    *,
+    normalise: Normalise = "none",
+    first_token: FirstToken = "newline",
+    blank: str = "_",
+    start: Any = None,
+) -> Answer:
+    """Returns the index of the choice that most likely fills a blank, and the scores of all: of the choice and the rest after it.
+
+    Args:
+        params: The model's.
+        config: The model's.
+        tokenizer: The model's.
+        text: With one blank, such as "The _ sat".
+        choices: At least two, all different.
+        normalise: How the scores of choices are made comparable; the rest after the blank counts in, as tokens and bytes too.
+        first_token: What stands before the text.
+        blank: What marks the blank.
+        start: The state of one row that the text starts from; None is the zero state.
+
+    Raises:
+        ValueError: The text has no blank or several, the choices are fewer than two, empty or equal, or the tokenizer is not the
+            model's.
+    """
+    question = [Question(text, choices, blank=blank)]
+    (found,) = answer_all(
+        params, config, tokenizer, question, normalise=normalise, first_token=first_token, start=start
+    )
+    return found
+
+
+def answer_all(
+    params: Any,
+    config: Config,
+    tokenizer: Tokenizer,
+    questions: Sequence[Question],
+    *,
+    normalise: Normalise = "none",
+    first_token: FirstToken = "newline",
+    batch_size: BatchSize = "auto",
+    start: Any = None,
+) -> list[Answer]:
+    """Returns the answers to many questions, scored together; arguments and errors as in `answer` and `score.score`."""
+    if normalise not in ("none", "tokens", "bytes", "unconditional"):
+        raise ValueError(f"normalise is {normalise!r}; it must be none, tokens, bytes or unconditional")
+    check_tokenizer(tokenizer, config)
+    texts = [(question.context, text) for question in questions for text in question.continuations]
+    requests = [Request(*encode_pair(tokenizer, context, text, first_token)) for context, text in texts]
+    alone: list[Request] = []
+    if normalise == "unconditional":
+        # The same tokens as after the text, without it.
+        nothing = encode_context(tokenizer, "", first_token)
+        alone = [Request(nothing, request.continuation) for request in requests]
+    found = score(params, config, [*requests, *alone], batch_size=batch_size, start=start)
+    values = [one.log_likelihood for one in found[: len(requests)]]
+    if normalise == "tokens":
+        values = [value / len(request.continuation) for value, request in zip(values, requests, strict=True)]
+    elif normalise == "bytes":
+        lengths = [
+            len(text.removeprefix("" if question.blank else question.separator).encode())
+            for question in questions
+            for text in question.continuations
+        ]
+        values = [value / length for value, length in zip(values, lengths, strict=True)]
+    elif normalise == "unconditional":
+        values = [value - own.log_likelihood for value, own in zip(values, found[len(requests) :], strict=True)]
+    answers, at = [], 0
+    for question in questions:
+        scores = tuple(values[at : at + len(question.choices)])
+        at += len(question.choices)
+        answers.append(Answer(scores.index(max(scores)), scores))
+    return answers
+
+
+def check_tokenizer(tokenizer: Tokenizer, config: Config) -> None:
+    """Raises ValueError unless the tokenizer is the model's own, as far as that is known, and the model has a row for every id."""
+    if config.tokenizer not in (None, tokenizer.name):
+        raise ValueError(
+            f"the tokenizer is {tokenizer.name!r}, but the model was trained with {config.tokenizer!r}; use that one"
+        )
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name!r} has ids up to {tokenizer.vocab_size - 1}, but the model's vocab_size is "
+            f"{config.vocab_size}; use the tokenizer that it was trained with"
+        )
