@@ -6,7 +6,7 @@ so from the last chunk to the first. What is stored for it is the state at each 
 
 import functools
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array
 
-from .recurrence import Factors, Problem, Recurrence, dot, masked, masks
+from .recurrence import Problem, Recurrence
 from .tuning import Block, sizes
 
 
@@ -51,273 +51,194 @@ def _differentiable(op: Recurrence, interpret: bool) -> Any:
 
 
 def _forward(op: Recurrence, problem: Problem, interpret: bool, *, save: bool):
-    """Returns y, the final state, and the states at the chunks' starts, if they are to be saved."""
     tokens, shared, state, marks = problem
+    num_chunks = tokens[0].shape[1] // op.num_tokens
     block = sizes(op.name, tokens[0].shape[3]).forward
-    parts = _Parts(op, problem, block)
+    specs = _Specs(op, problem, block)
 
     def kernel(*refs):
-        refs, n = iter(refs), pl.program_id(2)
+        refs = iter(refs)
         token_refs, shared_refs, state_refs = ([next(refs) for _ in group] for group in (tokens, shared, state))
         mark_ref = None if marks is None else next(refs)
         y_ref, *final_refs = (next(refs) for _ in range(1 + len(state)))
         entry_refs = [*refs]
-        weights = tuple(parts.shared(ref) for ref in shared_refs)
+        weights = tuple(specs.whole(ref) for ref in shared_refs)
 
         def body(i, carry):
             for ref, leaf in zip(entry_refs, carry, strict=save):
-                parts.put_state(ref, n, leaf, i)
-            y, new = op.chunk(parts.chunk(token_refs, i, n), weights, carry, parts.marks(mark_ref, i))
-            parts.put_values(y_ref, i, n, y)
+                specs.put(ref, leaf, i)
+            y, new = op.chunk(specs.chunk(token_refs, i), weights, carry, specs.marks_of(mark_ref, i))
+            specs.put_tokens(y_ref, i, y)
             return new
 
-        start = tuple(parts.state(ref, n) for ref in state_refs)
-        for ref, leaf in zip(final_refs, lax.fori_loop(0, parts.chunks, body, start), strict=True):
-            parts.put_state(ref, n, leaf)
+        final = lax.fori_loop(0, num_chunks, body, tuple(specs.whole(ref) for ref in state_refs))
+        for ref, leaf in zip(final_refs, final, strict=True):
+            specs.put(ref, leaf)
 
     y = tokens[-1 if op.split is None else op.split]
-    entries = [jax.ShapeDtypeStruct((*s.shape[:2], parts.chunks, *s.shape[2:]), s.dtype) for s in state]
-    outputs = [(y, _of_tokens), *((x, _of_heads) for x in (*state, *(entries if save else [])))]
-    grid = (*parts.heads, parts.blocks)
-    y, *states = _call(kernel, f"{op.name}_forward", grid, block.warps, interpret, _inputs(problem), outputs)
+    entries = [jax.ShapeDtypeStruct((*s.shape[:2], num_chunks, *s.shape[2:]), s.dtype) for s in state] if save else []
+    out = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (y, *state)] + entries
+    out_specs = [specs.y(), *specs.states(), *(specs.entries() if save else [])]
+    y, *states = _call(
+        kernel, f"{op.name}_forward", specs.inputs(), out_specs, out, specs.grid, block.warps, interpret
+    )(*tokens, *shared, *state, *(() if marks is None else (marks,)))
     return y, tuple(states[: len(state)]), tuple(states[len(state) :])
 
 
-def _backward(op: Recurrence, problem: Problem, entries, gy, gfinal, interpret: bool):
+def _backward(op: Recurrence, problem: Problem, entries, gy, gstate, interpret: bool):
     """Returns the cotangents of tokens, shared and state."""
     tokens, shared, state, marks = problem
+    batch_size, num_tokens = tokens[0].shape[:2]
+    num_chunks = num_tokens // op.num_tokens
     block = sizes(op.name, tokens[0].shape[3]).backward
-    parts = _Parts(op, problem, block)
+    specs = _Specs(op, problem, block)
 
     def kernel(*refs):
         refs = iter(refs)
         token_refs, shared_refs = ([next(refs) for _ in group] for group in (tokens, shared))
         mark_ref = None if marks is None else next(refs)
-        entry_refs, gy_ref, _ = [next(refs) for _ in state], next(refs), [next(refs) for _ in state]
+        entry_refs, gy_ref, gfinal_refs = [next(refs) for _ in state], next(refs), [next(refs) for _ in state]
         gtoken_refs, gshared_refs, gstate_refs = ([next(refs) for _ in group] for group in (tokens, shared, state))
-        walk = _walk_rows if op.by_row else _walk_factors
-        walk(
-            op, parts, _Refs(token_refs, shared_refs, mark_ref, entry_refs, gy_ref),
-            _Refs(gtoken_refs, gshared_refs, None, gstate_refs, None), interpret,
-        )  # fmt: skip
+        weights = tuple(specs.whole(ref) for ref in shared_refs)
 
-    sums = [jax.ShapeDtypeStruct((*parts.heads, *x.shape[1:]), x.dtype) for x in shared]
-    inputs = [*_inputs(problem, with_state=False), *((x, _of_heads) for x in entries), (gy, _of_tokens)]
-    # The state's cotangent is walked where the result lies, from that of the final state on.
-    aliases = {len(inputs) + n: len(tokens) + len(shared) + n for n in range(len(state))}
-    inputs += [(x, _of_heads) for x in gfinal]
-    outputs = [*((x, _of_tokens) for x in tokens), *((x, _of_heads) for x in (*sums, *state))]
-    out = _call(kernel, f"{op.name}_backward", parts.heads, block.warps, interpret, inputs, outputs, aliases)
-    gtokens, gshared, gstate = out[: len(tokens)], out[len(tokens) : -len(state)], out[-len(state) :]
-    return tuple(gtokens), tuple(g.sum(0) for g in gshared), tuple(gstate)
+        def body(i, carry):
+            gstate, gshared = carry
+            i = num_chunks - 1 - i
+            step = partial(op.chunk, marks=specs.marks_of(mark_ref, i))
+            entry = tuple(specs.whole(ref, i) for ref in entry_refs)
+            _, pullback = jax.vjp(step, specs.chunk(token_refs, i), weights, entry)
+            gchunk, gweights, gstate = pullback((specs.values_of(gy_ref, i), gstate))
+            for ref, g in zip(gtoken_refs, gchunk, strict=True):
+                specs.put_tokens(ref, i, g)
+            return gstate, jax.tree.map(jnp.add, gshared, gweights)
 
+        gfinal = tuple(specs.whole(ref) for ref in gfinal_refs)
+        gentry, gshared = lax.fori_loop(0, num_chunks, body, (gfinal, jax.tree.map(jnp.zeros_like, weights)))
+        for ref, g in zip((*gshared_refs, *gstate_refs), (*gshared, *gentry), strict=True):
+            specs.put(ref, g)
 
-class _Refs(NamedTuple):
-    tokens: Any
-    shared: Any
-    marks: Any
-    states: Any
-    y: Any
-
-
-def _walk_rows(op, parts, refs, grefs, interpret):
-    weights = tuple(ref[...] for ref in refs.shared)
-
-    def body(i, carry):
-        i, (gstate, gshared) = parts.chunks - 1 - i, carry
-        entry = tuple(parts.state(ref, 0, i) for ref in refs.states)
-        step = partial(op.chunk, marks=parts.marks(refs.marks, i))
-        _, pullback = jax.vjp(step, parts.chunk(refs.tokens, i, 0), weights, entry)
-        gchunk, gweights, gstate = pullback((parts.values(refs.y, i, 0), gstate))
-        for ref, g in zip(grefs.tokens, gchunk, strict=True):
-            parts.put_values(ref, i, 0, g)
-        return gstate, jax.tree.map(jnp.add, gshared, gweights)
-
-    start = tuple(ref[...] for ref in grefs.states), jax.tree.map(jnp.zeros_like, weights)
-    gstate, gshared = lax.fori_loop(0, parts.chunks, body, start)
-    for ref, g in zip((*grefs.states, *grefs.shared), (*gstate, *gshared), strict=True):
-        ref[...] = g
-
-
-def _walk_factors(op, parts, refs, grefs, interpret):
-    keys, gkeys = ([*x[: op.split], *x[op.split + 1 :]] for x in (refs.tokens, grefs.tokens))
-    (entry,), (gstate) = refs.states, grefs.states[0]
-    blocks = range(parts.blocks)
-
-    def piece_of(i, p):
-        return tuple(parts.piece_of(ref, i, p) for ref in keys), tuple(parts.shared_piece(ref, p) for ref in refs.shared)
-
-    def body(i, _):
-        i = parts.chunks - 1 - i
-        marks = parts.marks(refs.marks, i)
-        at_ends = masks(marks)
-
-        def first(p, carry):
-            scores, found, gwritten = carry
-            own = op.factors(*piece_of(i, p))
-            scores = jax.tree.map(jnp.add, scores, own.scores)
-            writes = [masked(at_ends.to_end, x) for x in own.writes]
-            found = [tuple(f + dot(x, parts.tile(entry, n, p, i), (1, 1)) for f, x in zip(found[n], own.reads)) for n in blocks]
-            gwritten = [tuple(f + dot(x, parts.tile(gstate, n, p), (1, 1)) for f, x in zip(gwritten[n], writes)) for n in blocks]
-            return scores, found, gwritten
-
-        example = jax.eval_shape(op.factors, *jax.eval_shape(lambda: piece_of(0, 0)))
-        pair = jnp.zeros((op.num_tokens, op.num_tokens), parts.wide)
-        row = jnp.zeros((op.num_tokens, parts.block), parts.wide)
-        zeros = (
-            (pair,) * len(example.scores),
-            [(row,) * len(example.reads) for _ in blocks],
-            [(row,) * len(example.writes) for _ in blocks],
-        )
-        scores, found, gwritten = lax.fori_loop(0, parts.num_pieces, first, zeros)
-        gscores, gfound, written = zeros[0], [], []
-        for n in blocks:
-            mix = partial(op.mix, marks=marks)
-            f = tuple(masked(at_ends.from_start, x) for x in found[n])
-            (_, x), pull = jax.vjp(mix, scores, f, parts.values(refs.tokens[op.split], i, n))
-            gs, gf, gv = pull((parts.values(refs.y, i, n), gwritten[n]))
-            gscores = jax.tree.map(jnp.add, gscores, gs)
-            gfound.append(tuple(masked(at_ends.from_start, x) for x in gf))
-            written.append(x)
-            parts.put_values(grefs.tokens[op.split], i, n, gv)
-
-        def second(p, _):
-            own, pull = jax.vjp(op.factors, *piece_of(i, p))
-            greads, gwrites, gkept = 0.0, 0.0, 0.0
-            greads, gwrites = [0.0] * len(own.reads), [0.0] * len(own.writes)
-            for n in blocks:
-                s, g = parts.tile(entry, n, p, i), parts.tile(gstate, n, p)
-                greads = [a + dot(x, s) for a, x in zip(greads, gfound[n])]
-                gwrites = [a + dot(x, g) for a, x in zip(gwrites, written[n])]
-                gkept += (s * g).sum(0, keepdims=True)
-                new = masked(at_ends.through, own.kept * g)
-                for x, q in zip(gfound[n], own.reads):
-                    new += dot(x, q, (0, 0))
-                parts.put_tile(gstate, n, p, new)
-            cot = Factors(tuple(greads), tuple(masked(at_ends.to_end, x) for x in gwrites), masked(at_ends.through, gkept), gscores)
-            gk, gsh = pull(cot)
-            for ref, g in zip(gkeys, gk, strict=True):
-                parts.put_piece(ref, i, p, g)
-            for ref, g in zip(grefs.shared, gsh, strict=True):
-                ref[:, parts._piece(p)] += g
-
-        lax.fori_loop(0, parts.num_pieces, lambda p, c: second(p, c), None)
-        _barrier(interpret)
-
-    for ref in grefs.shared:
-        for p in range(parts.num_pieces):
-            ref[:, parts._piece(p)] = jnp.zeros((1, parts.piece), ref.dtype)
-    _barrier(interpret)
-    lax.fori_loop(0, parts.chunks, body, None)
-
-
-def _barrier(interpret):
-    if not interpret:
-        from jax.experimental.pallas import triton
-        triton.debug_barrier()
-
-
-def _of_tokens(x: Any) -> pl.BlockSpec:
-    """A head's part of [B, T, H, X]."""
-    return pl.BlockSpec((None, x.shape[1], None, x.shape[3]), lambda b, h, *_: (b, 0, h, 0))
-
-
-def _of_heads(x: Any) -> pl.BlockSpec:
-    """A head's part of [B, H, ...]."""
-    return pl.BlockSpec((None, None, *x.shape[2:]), lambda b, h, *_: (b, h, *(0,) * (len(x.shape) - 2)))
-
-
-def _of_shared(x: Any) -> pl.BlockSpec:
-    """A head's part of [H, 1, X]."""
-    return pl.BlockSpec((None, 1, x.shape[2]), lambda b, h, *_: (h, 0, 0))
-
-
-def _of_marks(x: Any) -> pl.BlockSpec:
-    """A row of [B, T]."""
-    return pl.BlockSpec((None, x.shape[1]), lambda b, h, *_: (b, 0))
-
-
-def _inputs(problem: Problem, with_state: bool = True) -> list[Any]:
-    tokens, shared, state, marks = problem
-    return [
-        *((x, _of_tokens) for x in tokens),
-        *((x, _of_shared) for x in shared),
-        *((x, _of_heads) for x in state if with_state),
-        *([] if marks is None else [(marks, _of_marks)]),
+    parts = specs.grid[2]
+    # What is not a value is summed over the blocks of value channels.
+    alone = [parts == 1 or i == op.split for i in range(len(tokens))]
+    gtokens = [
+        jax.ShapeDtypeStruct(x.shape, x.dtype) if whole else jax.ShapeDtypeStruct((parts, *x.shape), state[0].dtype)
+        for x, whole in zip(tokens, alone, strict=True)
     ]
+    gshared = [jax.ShapeDtypeStruct((parts, batch_size, *x.shape), x.dtype) for x in shared]
+    gstates = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in state]
+    inputs = [*specs.tokens(), *specs.shared(), *specs.marks(), *specs.entries(), specs.y(), *specs.states()]
+    out_specs = [
+        *(spec if whole else specs.part(x) for spec, whole, x in zip(specs.tokens(), alone, tokens, strict=True)),
+        *specs.gshared(),
+        *specs.states(),
+    ]
+    out = _call(
+        kernel, f"{op.name}_backward", inputs, out_specs, [*gtokens, *gshared, *gstates], specs.grid,
+        block.warps, interpret,
+    )(*tokens, *shared, *(() if marks is None else (marks,)), *entries, gy, *gstate)  # fmt: skip
+    gtokens, gshared, gstates = out[: len(tokens)], out[len(tokens) : -len(state)], out[-len(state) :]
+    gtokens = tuple(
+        g if whole else g.sum(0).astype(x.dtype) for g, whole, x in zip(gtokens, alone, tokens, strict=True)
+    )
+    return gtokens, tuple(g.sum((0, 1)) for g in gshared), tuple(gstates)
 
 
-class _Parts:
-    """How a program reads and writes its head: chunk by chunk, block of values by block of values."""
+class _Specs:
+    """Which part of each array a program sees, and in what form; the grid is (B, H, blocks of value channels)."""
 
     def __init__(self, op: Recurrence, problem: Problem, block: Block):
-        self.op, self.wide = op, problem.state[0].dtype
-        batch_size, num_tokens, num_heads, keys = problem.tokens[0].shape
-        self.heads, self.chunks = (batch_size, num_heads), num_tokens // op.num_tokens
-        self.piece = keys if op.by_row else min(block.key_piece, keys)
+        self.op, self.problem, self.wide = op, problem, problem.state[0].dtype
+        batch_size, self.num_tokens, num_heads, keys = problem.tokens[0].shape
         values = problem.tokens[-1 if op.split is None else op.split].shape[3]
-        self.block = values if op.split is None else min(values, block.values)
-        self.blocks = values // self.block
-        self.num_pieces = keys // self.piece
+        self.piece = keys if op.by_row else min(block.key_piece, keys)
+        self.values = values if op.split is None else min(values, block.values)
+        self.grid = (batch_size, num_heads, values // self.values)
 
-    def shared(self, ref: Any) -> Any:
-        """A shared parameter's numbers: pieces of key channels, or all if tokens come by row."""
-        return ref[...] if self.op.by_row else tuple(ref[:, piece] for piece in self._pieces(ref))
+    def inputs(self) -> list[pl.BlockSpec]:
+        return [*self.tokens(), *self.shared(), *self.states(), *self.marks()]
 
-    def put_shared(self, ref: Any, value: Any) -> None:
-        """The reverse of `shared`."""
-        if self.op.by_row:
-            ref[...] = value
-        else:
-            for at, piece in zip(self._pieces(ref), value, strict=True):
-                ref[:, at] = piece
+    def tokens(self) -> list[pl.BlockSpec]:
+        return [
+            self.y()
+            if i == self.op.split
+            else pl.BlockSpec((None, self.num_tokens, None, x.shape[3]), lambda b, h, n: (b, 0, h, 0))
+            for i, x in enumerate(self.problem.tokens)
+        ]
 
-    def state(self, ref: Any, n: Any, *entry: Any) -> Any:
-        """The n-th block's rows of a state (that at a chunk's start), in pieces, or all if tokens come by row."""
+    def y(self) -> pl.BlockSpec:
+        return pl.BlockSpec((None, self.num_tokens, None, self.values), lambda b, h, n: (b, 0, h, n))
+
+    def part(self, x: Array) -> pl.BlockSpec:
+        return pl.BlockSpec((None, None, self.num_tokens, None, x.shape[3]), lambda b, h, n: (n, b, 0, h, 0))
+
+    def shared(self) -> list[pl.BlockSpec]:
+        return [pl.BlockSpec((None, 1, x.shape[2]), lambda b, h, n: (h, 0, 0)) for x in self.problem.shared]
+
+    def gshared(self) -> list[pl.BlockSpec]:
+        return [
+            pl.BlockSpec((None, None, None, 1, x.shape[2]), lambda b, h, n: (n, b, h, 0, 0))
+            for x in self.problem.shared
+        ]
+
+    def marks(self) -> list[pl.BlockSpec]:
+        return [] if self.problem.marks is None else [pl.BlockSpec((None, self.num_tokens), lambda b, h, n: (b, 0))]
+
+    def states(self) -> list[pl.BlockSpec]:
+        rows = 1 if self.op.split is None else self.values
+        return [pl.BlockSpec((None, None, rows, x.shape[3]), lambda b, h, n: (b, h, n, 0)) for x in self.problem.state]
+
+    def entries(self) -> list[pl.BlockSpec]:
+        rows, chunks = 1 if self.op.split is None else self.values, self.num_tokens // self.op.num_tokens
+        return [
+            pl.BlockSpec((None, None, chunks, rows, x.shape[3]), lambda b, h, n: (b, h, 0, n, 0))
+            for x in self.problem.state
+        ]
+
+    def whole(self, ref: Any, *entry: Any) -> Any:
+        """A state's (that at a chunk's start) or shared parameter's numbers: pieces of key channels, or all if tokens come by row."""
         if self.op.by_row:
             return ref[(*entry, ...)]
-        return tuple(ref[(*entry, self._block(n), piece)] for piece in self._pieces(ref))
+        return tuple(ref[(*entry, slice(None), pl.ds(at, self.piece))] for at in range(0, ref.shape[-1], self.piece))
 
-    def put_state(self, ref: Any, n: Any, value: Any, *entry: Any) -> None:
-        """The reverse of `state`."""
+    def put(self, ref: Any, value: Any, *entry: Any) -> None:
+        """The reverse of `whole`."""
         if self.op.by_row:
             ref[(*entry, ...)] = value
         else:
-            for at, piece in zip(self._pieces(ref), value, strict=True):
-                ref[(*entry, self._block(n), at)] = piece
+            for n, piece in enumerate(value):
+                ref[(*entry, slice(None), pl.ds(n * self.piece, self.piece))] = piece
 
-    def chunk(self, refs: list[Any], i: Any, n: Any) -> tuple[Any, ...]:
-        """The i-th chunk of every array of tokens, with the n-th block of values."""
+    def chunk(self, refs: list[Any], i: Any) -> tuple[Any, ...]:
+        """A chunk of every array of tokens."""
         return tuple(
-            self.values(ref, i, n) if self.op.by_row or m == self.op.split else self.pieces(ref, i)
-            for m, ref in enumerate(refs)
+            self.values_of(ref, i) if self.op.by_row or n == self.op.split else self.pieces_of(ref, i)
+            for n, ref in enumerate(refs)
         )
 
-    def values(self, ref: Any, i: Any, n: Any) -> Any:
+    def values_of(self, ref: Any, i: Any) -> Any:
         """A chunk's rows, or all of it."""
         if self.op.by_row:
             rows = (pl.ds(i * self.op.num_tokens + t, 1) for t in range(self.op.num_tokens))
             return tuple(ref[row, :].astype(self.wide) for row in rows)
-        return ref[self._tokens(i), self._block(n)].astype(self.wide)
+        return ref[self._tokens(i), :].astype(self.wide)
 
-    def pieces(self, ref: Any, i: Any) -> Any:
+    def pieces_of(self, ref: Any, i: Any) -> Any:
         """A chunk in pieces of its key channels."""
-        return tuple(ref[self._tokens(i), piece].astype(self.wide) for piece in self._pieces(ref))
+        pieces = (pl.ds(at, self.piece) for at in range(0, ref.shape[1], self.piece))
+        return tuple(ref[self._tokens(i), piece].astype(self.wide) for piece in pieces)
 
-    def put_values(self, ref: Any, i: Any, n: Any, value: Any) -> None:
-        """The reverse of `values`."""
+    def put_tokens(self, ref: Any, i: Any, value: Any) -> None:
+        """Stores a chunk's rows, pieces or all of it, as it comes."""
         if self.op.by_row:
             for t, row in enumerate(value):
                 ref[pl.ds(i * self.op.num_tokens + t, 1), :] = row.astype(ref.dtype)
+        elif isinstance(value, tuple):
+            for n, piece in enumerate(value):
+                ref[self._tokens(i), pl.ds(n * self.piece, self.piece)] = piece.astype(ref.dtype)
         else:
-            ref[self._tokens(i), self._block(n)] = value.astype(ref.dtype)
+            ref[self._tokens(i), :] = value.astype(ref.dtype)
 
-    def put_pieces(self, ref: Any, i: Any, value: Any) -> None:
-        """The reverse of `pieces`."""
-        for at, piece in zip(self._pieces(ref), value, strict=True):
-            ref[self._tokens(i), at] = piece.astype(ref.dtype)
-
-    def marks(self, ref: Any, i: Any) -> Any:
+    def marks_of(self, ref: Any, i: Any) -> Any:
         """A chunk's marks: scalars, or [C, 1] and [1, C]; None if there are none."""
         if ref is None:
             return None
@@ -326,49 +247,16 @@ class _Parts:
         marks = ref[self._tokens(i)]
         return marks[:, None], marks[None, :]
 
-    def piece_of(self, ref, i, p):
-        return ref[self._tokens(i), self._piece(p)].astype(self.wide)
-
-    def put_piece(self, ref, i, p, value):
-        ref[self._tokens(i), self._piece(p)] = value.astype(ref.dtype)
-
-    def shared_piece(self, ref, p):
-        return ref[:, self._piece(p)]
-
-    def tile(self, ref, n, p, *entry):
-        return ref[(*entry, self._block(n), self._piece(p))]
-
-    def put_tile(self, ref, n, p, value):
-        ref[self._block(n), self._piece(p)] = value
-
-    def _piece(self, p):
-        return pl.ds(p * self.piece, self.piece)
-
     def _tokens(self, i: Any) -> Any:
         return pl.ds(i * self.op.num_tokens, self.op.num_tokens)
 
-    def _block(self, n: Any) -> Any:
-        return pl.ds(n * self.block, self.block)
 
-    def _pieces(self, ref: Any) -> list[Any]:
-        return [pl.ds(at, self.piece) for at in range(0, ref.shape[-1], self.piece)]
-
-
-def _call(kernel, name, grid, num_warps, interpret, inputs, outputs, aliases=None):
-    """Runs a kernel on pairs of an array and what makes its spec."""
+def _call(kernel, name, in_specs, out_specs, out_shape, grid, num_warps, interpret):
     params: dict[str, Any] = {"interpret": interpret}
     if not interpret:
         from jax.experimental.pallas import triton
 
         params |= {"compiler_params": triton.CompilerParams(num_warps=num_warps, num_stages=1)}
-    call = pl.pallas_call(
-        kernel,
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x, _ in outputs],
-        grid=grid,
-        in_specs=[spec(x) for x, spec in inputs],
-        out_specs=[spec(x) for x, spec in outputs],
-        input_output_aliases=aliases or {},
-        name=name,
-        **params,
-    )
-    return call(*(x for x, _ in inputs))
+    return pl.pallas_call(
+        kernel, out_shape=out_shape, grid=grid, in_specs=in_specs, out_specs=out_specs, name=name, **params
+    )  # fmt: skip
