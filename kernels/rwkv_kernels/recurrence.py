@@ -8,6 +8,7 @@ pulled back (`jax.vjp`, inside the kernel).
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
@@ -30,6 +31,9 @@ class Recurrence(NamedTuple):
     """Whether a chunk is handed over token by token, because its tokens depend on each other."""
     split: int | None
     """Which array of tokens has value channels, which the rows of the state and y share and which do not mix; None: none."""
+    factors: Callable[..., Any] | None = None
+    """Its chunk's two parts, if it is `of_factors`: see there."""
+    mix: Callable[..., Any] | None = None
 
 
 class Problem(NamedTuple):
@@ -68,6 +72,78 @@ def dot(a: Array, b: Array, contract: tuple[int, int] = (1, 0)) -> Array:
     """Returns the product of two matrices over an axis of each, without rounding to fewer digits."""
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
     return lax.dot_general(a, b, dimensions, precision=lax.Precision.HIGHEST, preferred_element_type=a.dtype)
+
+
+class Factors(NamedTuple):
+    """What a piece of P key channels contributes to a chunk."""
+
+    reads: tuple[Array, ...]
+    """Rows that tokens find the state before the chunk with, [C, P] each."""
+    writes: tuple[Array, ...]
+    """Rows that are added to the state, each times what `mix` makes of the values, [C, P] each."""
+    kept: Array
+    """What the state before the chunk is multiplied by, [1, P]."""
+    scores: tuple[Array, ...]
+    """Matrices of pairs of tokens, [C, C] each, to be summed over the pieces."""
+
+
+class Masks(NamedTuple):
+    """Which tokens see the states at a chunk's ends, where there are resets; else None."""
+
+    from_start: Array | None
+    """Those before the chunk's first reset [C, 1]."""
+    to_end: Array | None
+    """Those after its last [C, 1]."""
+    through: Array | None
+    """Whether there is none."""
+
+
+def masks(marks: Any) -> Masks:
+    """Returns the masks of a chunk's marks, which count its sequences."""
+    if marks is None:
+        return Masks(None, None, None)
+    sequence, _ = marks
+    end = sequence.max()
+    return Masks(sequence == 0, sequence == end, end == 0)
+
+
+def masked(mask: Array | None, x: Array) -> Array:
+    """Returns x, and 0 where a mask is False."""
+    return x if mask is None else jnp.where(mask, x, 0)
+
+
+def of_factors(
+    name: str, factors: Callable[..., Factors], mix: Callable[..., Any], *, num_tokens: int, split: int
+) -> Recurrence:
+    """Returns a recurrence that meets its state in products of matrices only, with its chunk made of two functions.
+
+        F, G = reads S^T, writes      y, X = mix(scores, F, v)      S <- kept S + X^T G
+
+    Args:
+        name: Of the op.
+        factors: factors(tokens, shared) -> Factors of a piece of key channels: [C, P] and [1, P] each.
+        mix: mix(scores, found, v, marks) -> (y, X) of a block of values, v, y and each of found and X [C, V].
+        num_tokens: C.
+        split: Which array of tokens is v.
+    """
+
+    def chunk(tokens, shared, state, marks):
+        keys, ends = (*tokens[:split], *tokens[split + 1 :]), masks(marks)
+        scores, found, left = None, None, []
+        for *own, state_p in zip(*keys, *shared, *state, strict=True):
+            reads, writes, kept, scores_p = factors(tuple(own[: len(keys)]), tuple(own[len(keys) :]))
+            found_p = tuple(dot(x, state_p, (1, 1)) for x in reads)
+            scores = scores_p if scores is None else jax.tree.map(jnp.add, scores, scores_p)
+            found = found_p if found is None else jax.tree.map(jnp.add, found, found_p)
+            left.append((masked(ends.through, kept * state_p), [masked(ends.to_end, x) for x in writes]))
+        y, written = mix(scores, tuple(masked(ends.from_start, x) for x in found), tokens[split], marks)
+        return y, (
+            tuple(
+                sum((dot(x, g, (0, 0)) for x, g in zip(written, writes, strict=True)), kept) for kept, writes in left
+            ),
+        )
+
+    return Recurrence(name, chunk, num_tokens, by_row=False, split=split, factors=factors, mix=mix)
 
 
 class Grid(NamedTuple):
