@@ -58,7 +58,7 @@ def _differentiable(op: Recurrence, interpret: bool) -> Any:
 def _forward(op: Recurrence, problem: Problem, interpret: bool, *, save: bool):
     """Returns y, the final state, and the states at the chunks' starts, if they are to be saved."""
     tokens, shared, state, marks = problem
-    block = sizes(op.name, tokens[0].shape[3]).walk
+    block = sizes(op.name, tokens[0].shape[3]).forward
     parts = _Parts(op, problem, block)
 
     def kernel(*refs):
@@ -72,7 +72,7 @@ def _forward(op: Recurrence, problem: Problem, interpret: bool, *, save: bool):
         def body(i, carry):
             for ref, leaf in zip(entry_refs, carry, strict=save):
                 parts.put(ref, leaf, i)
-            y, new = op.chunk(parts.chunk(token_refs, i), weights, carry, parts.marks_of(mark_ref, i))
+            y, new = parts.step(token_refs, shared_refs, weights, mark_ref, i)(carry)
             parts.put_tokens(y_ref, i, y)
             return new
 
@@ -89,7 +89,7 @@ def _forward(op: Recurrence, problem: Problem, interpret: bool, *, save: bool):
 def _backward(op: Recurrence, problem: Problem, entries, gy, gfinal, interpret: bool):
     """Returns the cotangents of tokens, shared and state, where tokens come by row."""
     tokens, shared, state, marks = problem
-    block = sizes(op.name, tokens[0].shape[3]).walk
+    block = sizes(op.name, tokens[0].shape[3]).backward
     parts = _Parts(op, problem, block)
 
     def kernel(*refs):
@@ -127,7 +127,7 @@ def _backward(op: Recurrence, problem: Problem, entries, gy, gfinal, interpret: 
 def _backward_of_state(op: Recurrence, problem: Problem, gy, gfinal, interpret: bool):
     """Returns the cotangents of the states at the chunks' ends, and of the state before the first."""
     tokens, shared, state, marks = problem
-    block = sizes(op.name, tokens[0].shape[3]).walk
+    block = sizes(op.name, tokens[0].shape[3]).backward
     parts = _Parts(op, problem, block)
 
     def kernel(*refs):
@@ -142,10 +142,9 @@ def _backward_of_state(op: Recurrence, problem: Problem, gy, gfinal, interpret: 
             i = parts.num_chunks - 1 - i
             for ref, g in zip(exit_refs, gstate, strict=True):
                 parts.put(ref, g, i)
-            chunk, own_marks = parts.chunk(token_refs, i), parts.marks_of(mark_ref, i)
+            step = parts.step(token_refs, shared_refs, weights, mark_ref, i)
             # A chunk is linear in the state before it: where it is pulled back makes no difference.
-            anywhere = jax.tree.map(jnp.zeros_like, gstate)
-            _, pullback = jax.vjp(lambda entry: op.chunk(chunk, weights, entry, own_marks), anywhere)
+            _, pullback = jax.vjp(step, jax.tree.map(jnp.zeros_like, gstate))
             return pullback((parts.values_of(gy_ref, i), gstate))[0]
 
         gstate = lax.fori_loop(0, parts.num_chunks, body, tuple(parts.whole(ref) for ref in gfinal_refs))
@@ -177,9 +176,7 @@ def _backward_of_chunks(op: Recurrence, problem: Problem, entries, exits, gy, in
         marks_ = parts.marks_of(mark_ref, 0)
         ends, mix = masks(marks_), partial(op.mix, marks=marks_)
 
-        def keys_of(p):
-            at = pl.ds(p * parts.piece, parts.piece)
-            return tuple(ref[:, at].astype(parts.wide) for ref in token_refs), tuple(ref[:, at] for ref in shared_refs)
+        keys_of = partial(parts.keys, token_refs, shared_refs, 0)
 
         def states_of(p):
             return [
@@ -198,13 +195,12 @@ def _backward_of_chunks(op: Recurrence, problem: Problem, entries, exits, gy, in
                 [_add(g, writes, exit, (1, 1)) for g, (_, exit) in zip(gwritten, states, strict=True)],
             )
 
-        zeros = partial(jax.tree.map, lambda x: jnp.zeros(x.shape, parts.wide))
-        example = jax.eval_shape(op.factors, *jax.eval_shape(lambda: keys_of(0)))
+        zeros = _zeros(op, keys_of)
         row = jnp.zeros((op.num_tokens, parts.values), parts.wide)
-        found, gwritten = ([(row,) * len(x) for _ in parts.blocks] for x in (example.reads, example.writes))
-        scores, found, gwritten = lax.fori_loop(0, parts.pieces, meet, (zeros(example.scores), found, gwritten))
+        found, gwritten = ([(row,) * len(x) for _ in parts.blocks] for x in (zeros.reads, zeros.writes))
+        scores, found, gwritten = lax.fori_loop(0, parts.pieces, meet, (zeros.scores, found, gwritten))
 
-        gscores, gfound, written = zeros(example.scores), [], []
+        gscores, gfound, written = zeros.scores, [], []
         for block, f, g in zip(parts.blocks, found, gwritten, strict=True):
             f, v = tuple(masked(ends.from_start, x) for x in f), v_ref[:, block].astype(parts.wide)
             (_, x), pullback = jax.vjp(mix, scores, f, v)
@@ -215,8 +211,8 @@ def _backward_of_chunks(op: Recurrence, problem: Problem, entries, exits, gy, in
             written.append(x)
 
         def pull_back(p, _):
-            own, pullback = jax.vjp(op.factors, *keys_of(p))
-            greads, gwrites, gkept = zeros(own.reads), zeros(own.writes), jnp.zeros_like(own.kept)
+            _, pullback = jax.vjp(op.factors, *keys_of(p))
+            greads, gwrites, gkept = zeros.reads, zeros.writes, zeros.kept
             for gf, x, (entry, exit) in zip(gfound, written, states_of(p), strict=True):
                 greads, gwrites = _add(greads, gf, entry), _add(gwrites, x, exit)
                 gkept += (entry * exit).sum(0, keepdims=True)
@@ -231,6 +227,12 @@ def _backward_of_chunks(op: Recurrence, problem: Problem, entries, exits, gy, in
     outputs = [*parts.of_tokens(), *parts.of_programs(parts.sums)]
     out = _call(kernel, f"{op.name}_backward_of_chunks", inputs, outputs, parts.grid, block, interpret)
     return tuple(out[: len(tokens)]), tuple(g.sum((0, 2)) for g in out[len(tokens) :])
+
+
+def _zeros(op: Recurrence, keys: Any) -> Any:
+    """Factors of zeros."""
+    shapes = jax.eval_shape(op.factors, *jax.eval_shape(lambda: keys(0)))
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
 def _add(sums, rows, matrix, contract: tuple[int, int] = (1, 0)) -> tuple[Array, ...]:
@@ -306,6 +308,27 @@ class _Parts:
 
     def value(self, n: Any) -> Any:
         return 0 if self.at_once else n
+
+    def step(self, token_refs: list[Any], shared_refs: list[Any], weights: Any, mark_ref: Any, i: Any) -> Any:
+        """The i-th chunk as a function of the state before it."""
+        tokens, marks = self.chunk(token_refs, i), self.marks_of(mark_ref, i)
+        if self.op.by_row:
+            return lambda state: self.op.chunk(tokens, weights, state, marks)
+        keys = partial(self.keys, [ref for n, ref in enumerate(token_refs) if n != self.op.split], shared_refs, i)
+
+        # In a loop, since unrolled it would take more registers than there are.
+        def add(p: Any, sums: Any) -> Any:
+            return jax.tree.map(jnp.add, sums, self.op.factors(*keys(p)).scores)
+
+        scores = lax.fori_loop(0, self.pieces, add, _zeros(self.op, keys).scores)
+        return lambda state: self.op.chunk(tokens, weights, state, marks, scores)
+
+    def keys(self, token_refs: list[Any], shared_refs: list[Any], i: Any, p: Any) -> Any:
+        """What `factors` takes of the i-th chunk and the p-th piece of key channels."""
+        at = pl.ds(p * self.piece, self.piece)
+        return tuple(ref[self._tokens(i), at].astype(self.wide) for ref in token_refs), tuple(
+            ref[:, at] for ref in shared_refs
+        )
 
     def whole(self, ref: Any, *entry: Any) -> Any:
         """A state's (that at a chunk's start) or shared parameter's numbers: pieces of key channels, or all if tokens come by row."""

@@ -78,13 +78,13 @@ class Factors(NamedTuple):
     """What a piece of P key channels contributes to a chunk."""
 
     reads: tuple[Array, ...]
-    """Rows that tokens find the state before the chunk with, [C, P] each."""
+    """What tokens read from the state before the chunk with, [C, P] each."""
     writes: tuple[Array, ...]
-    """Rows that are added to the state, each times what `mix` makes of the values, [C, P] each."""
+    """What carries to the state what `mix` makes of the values, [C, P] each."""
     kept: Array
     """What the state before the chunk is multiplied by, [1, P]."""
     scores: tuple[Array, ...]
-    """Matrices of pairs of tokens, [C, C] each, to be summed over the pieces."""
+    """Sums over the piece's channels for pairs of tokens, [C, C], or for each token alone, [C, 1]."""
 
 
 class Masks(NamedTuple):
@@ -115,35 +115,37 @@ def masked(mask: Array | None, x: Array) -> Array:
 def of_factors(
     name: str, factors: Callable[..., Factors], mix: Callable[..., Any], *, num_tokens: int, split: int
 ) -> Recurrence:
-    """Returns a recurrence that meets its state in products of matrices only, with its chunk made of two functions.
+    """Returns a recurrence that meets its state S in products of matrices only, so that two functions make its chunk.
 
-        F, G = reads S^T, writes      y, X = mix(scores, F, v)      S <- kept S + X^T G
+        found = reads S^T      y, written = mix(scores, found, v)      S <- kept S + written^T writes
+
+    Its chunk takes one more argument: the scores, where they have been summed before.
 
     Args:
         name: Of the op.
-        factors: factors(tokens, shared) -> Factors of a piece of key channels: [C, P] and [1, P] each.
-        mix: mix(scores, found, v, marks) -> (y, X) of a block of values, v, y and each of found and X [C, V].
+        factors: factors(tokens, shared) -> Factors, of a piece of key channels: [C, P] and [1, P] each.
+        mix: mix(scores, found, v, marks) -> (y, written), of a block of values: v, y and each of found and written [C, V].
         num_tokens: C.
         split: Which array of tokens is v.
     """
 
-    def chunk(tokens, shared, state, marks):
+    def chunk(tokens, shared, state, marks, scores=None):
         keys, ends = (*tokens[:split], *tokens[split + 1 :]), masks(marks)
-        scores, found, left = None, None, []
+        summed, found, left = None, None, []
         for *own, state_p in zip(*keys, *shared, *state, strict=True):
             reads, writes, kept, scores_p = factors(tuple(own[: len(keys)]), tuple(own[len(keys) :]))
-            found_p = tuple(dot(x, state_p, (1, 1)) for x in reads)
-            scores = scores_p if scores is None else jax.tree.map(jnp.add, scores, scores_p)
-            found = found_p if found is None else jax.tree.map(jnp.add, found, found_p)
+            summed, found = _plus(summed, scores_p), _plus(found, tuple(dot(x, state_p, (1, 1)) for x in reads))
             left.append((masked(ends.through, kept * state_p), [masked(ends.to_end, x) for x in writes]))
-        y, written = mix(scores, tuple(masked(ends.from_start, x) for x in found), tokens[split], marks)
-        return y, (
-            tuple(
-                sum((dot(x, g, (0, 0)) for x, g in zip(written, writes, strict=True)), kept) for kept, writes in left
-            ),
-        )
+        found = tuple(masked(ends.from_start, x) for x in found or ())
+        y, written = mix(summed if scores is None else scores, found, tokens[split], marks)
+        new = (sum((dot(x, g, (0, 0)) for x, g in zip(written, writes, strict=True)), start) for start, writes in left)
+        return y, (tuple(new),)
 
     return Recurrence(name, chunk, num_tokens, by_row=False, split=split, factors=factors, mix=mix)
+
+
+def _plus(total: Any, more: Any) -> Any:
+    return more if total is None else jax.tree.map(jnp.add, total, more)
 
 
 class Grid(NamedTuple):

@@ -20,18 +20,19 @@ class Block(NamedTuple):
 class Sizes(NamedTuple):
     """The cuts of an op's kernels."""
 
-    walk: Block
-    """Of those that walk the chunks, forward and backward."""
+    forward: Block
+    backward: Block
+    """Of the walk from the last chunk to the first."""
     chunk: Block | None = None
-    """Of the one that pulls back all chunks at once, where there is one."""
+    """Of the kernel that pulls back all chunks at once; None where the walk does so."""
 
 
 _SIZES = {
-    ("wkv4", 64): Sizes(Block(2)),
-    ("wkv6", 64): Sizes(Block(8, 32, 16), Block(8, 16, 16)),
-    ("wkv6", 128): Sizes(Block(8, 16, 16), Block(8, 16, 16)),
-    ("wkv7", 64): Sizes(Block(8, 16, 16), Block(8, 16, 16)),
-    ("wkv7", 128): Sizes(Block(8, 16, 16), Block(8, 16, 16)),
+    ("wkv4", 64): Sizes(Block(2), Block(2)),
+    ("wkv6", 64): Sizes(Block(8, 64, 16), Block(8, 64, 16), Block(8, 64, 16)),
+    ("wkv6", 128): Sizes(Block(8, 32, 16), Block(8, 32, 16), Block(8, 16, 16)),
+    ("wkv7", 64): Sizes(Block(8, 64, 16), Block(8, 32, 16), Block(8, 64, 16)),
+    ("wkv7", 128): Sizes(Block(8, 32, 16), Block(8, 32, 16), Block(8, 16, 16)),
 }
 
 

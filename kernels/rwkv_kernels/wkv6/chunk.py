@@ -45,8 +45,8 @@ def factors(tokens, shared) -> Factors:
     w = jnp.where(w < LEAST_LOG_DECAY, LEAST_LOG_DECAY, w)
 
     own = jnp.where(sound, (r * u * k).sum(1, keepdims=True), jnp.nan)
-    scores = jnp.zeros((size, size), k.dtype)
-    for level in range(size.bit_length() - 1):
+    scores = jnp.where(among.pairs(0), dot(r, k, (1, 1)), 0)  # Nothing lies between neighbours and their boundary.
+    for level in range(1, size.bit_length() - 1):
         right = (row >> level) & 1 == 1
         to_edge = (right & (column < row)) | (~right & (column > row))
         decay = _decay(to_edge & (row >> level == column >> level), w)
