@@ -2,15 +2,14 @@
 
 `python experiments/plan.py --target a100:8x8 --cfg experiments/configs/rwkv4_14b.toml --mesh.fsdp 64`
 
-GPU targets are h200:HOSTSxGPUS and a100:HOSTSxGPUS; TPU targets v5e:4x4 and v5p:4x4x4 (their topologies). Every field of the
-config can be overridden as for train.py. Memory, FLOPs and collectives are the compiler's; tokens/s is an estimate from --mfu. Nothing is run.
+GPU targets are h200:HOSTSxGPUS and a100:HOSTSxGPUS; TPU targets v5e:4x4 and v5p:4x4x4 (their topologies). Every field of the config
+can be overridden as for train.py. Memory, FLOPs and collectives are the compiler's; tokens/s is an estimate from --mfu. Nothing is
+run. It needs the environment that rwkv_kernels/hardware.py names, and says so.
 """
 
 import argparse
 import dataclasses
-import re
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ hardware.prepare()
 import jax
 import jax.numpy as jnp
 import numpy as np
+from hlo import collectives
 from jax.sharding import Mesh, NamedSharding
 from steps import make_step
 
@@ -29,10 +29,6 @@ from rwkv_jax import config, devices, finetune, lm, optim, sharding, train
 GIB = 2**30
 HEADROOM = 0.92
 """Share of a device's memory that a program gets: the rest is the runtime's and the collectives'."""
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8}
-COLLECTIVE = re.compile(
-    r"= (.+?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|ragged-all-to-all)(-start)?\("
-)
 
 
 class Plan(NamedTuple):
@@ -52,6 +48,10 @@ class Plan(NamedTuple):
     """Of compiling."""
 
 
+class DoesNotCompile(Exception):
+    """A compiler that plans memory itself, such as a TPU's, finds no room."""
+
+
 def main() -> None:
     """Reads the command line, compiles, and prints the plan."""
     parser = argparse.ArgumentParser(description=__doc__, add_help=False, allow_abbrev=False)
@@ -67,15 +67,18 @@ def main() -> None:
         plan = compiled(settings, mesh, target)
     except ValueError as error:
         raise SystemExit(f"plan.py: {error}") from error
-    show(plan, settings, mesh, target, own.mfu)
-    if fits(plan, target):
-        return
+    except DoesNotCompile as error:
+        print(error)
+    else:
+        show(plan, settings, mesh, target, own.mfu)
+        if fits(plan, target):
+            return
     print("\nIt does not fit. Settings that take less, nearest first:")
     for change, other in smaller(settings, mesh):
         try:
             plan = compiled(other, sharding.make_mesh(other.mesh, target.devices), target)
-        except ValueError as error:
-            print(f"  {change}: {error}")
+        except (ValueError, DoesNotCompile) as error:
+            print(f"  {change}: {error}", flush=True)
             continue
         print(f"  {change}: {plan.peak / GIB:.1f} GiB{', fits' if fits(plan, target) else ''}", flush=True)
         if fits(plan, target):
@@ -88,6 +91,7 @@ def compiled(settings: config.Settings, mesh: Mesh, target: hardware.Target) -> 
     """Returns what the step of a run takes.
 
     Raises:
+        DoesNotCompile: The device has no room.
         ValueError: The mesh does not fit the model or the batch.
     """
     model, data = settings.model, settings.data
@@ -120,7 +124,12 @@ def compiled(settings: config.Settings, mesh: Mesh, target: hardware.Target) -> 
         lowered = make_step(settings, optimizer, shardings).lower(
             state, tokens, tokens, reset, lengths if data.documents == "rows" else None
         )
-        program = lowered.compile()
+        try:
+            program = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error) and "Ran out of memory" not in str(error):
+                raise
+            raise DoesNotCompile(f"{target.kind}: {str(error).splitlines()[0]}") from error
     memory = program.memory_analysis()
     own, moments = held(state.params), held(state.opt_state)
     peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
@@ -139,55 +148,6 @@ def placed(shape: Any, where: Any) -> jax.ShapeDtypeStruct:
 def held(tree: Any) -> int:
     """Returns the bytes that a device holds of arrays."""
     return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
-def collectives(program: str) -> dict[str, tuple[int, int]]:
-    """Returns how often each collective of an HLO program runs, and the bytes of its results on a device, loops counted."""
-    times = defaultdict(lambda: 1, multiplicities(program))
-    found: dict[str, tuple[int, int]] = {}
-    for computation, lines in computations(program):
-        for line in lines:
-            if match := COLLECTIVE.search(line):
-                sizes = [size_of(kind, dims) for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", match[1])]
-                if match[3] and match[2] != "all-reduce":  # A start's result holds what it was given, first.
-                    sizes = sizes[1:2] if match[2] == "collective-permute" else sizes[len(sizes) // 2 :]
-                size = sum(sizes)
-                count, total = found.get(match[2], (0, 0))
-                found[match[2]] = count + times[computation], total + size * times[computation]
-    return found
-
-
-def size_of(kind: str, dims: str) -> int:
-    """Returns the bytes of an HLO shape."""
-    return BYTES.get(kind, 0) * int(np.prod([int(dim) for dim in dims.split(",") if dim]))
-
-
-def computations(program: str) -> Iterator[tuple[str, list[str]]]:
-    """Yields the name and lines of every computation of an HLO program."""
-    for block in re.split(r"\n(?=(?:ENTRY )?%?[\w.\-]+ \()", program):
-        if match := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(", block):
-            yield match[1], block.splitlines()[1:]
-
-
-def multiplicities(program: str) -> dict[str, int]:
-    """Returns how often each loop's body runs in a step; a loop of unknown count counts once."""
-    inner: dict[str, list[tuple[str, int]]] = defaultdict(list)
-    for computation, lines in computations(program):
-        for line in lines:
-            known = re.search(r"known_trip_count\D*(\d+)", line)
-            for body in re.findall(r"(?:body|calls|to_apply|condition)=%?([\w.\-]+)", line):
-                inner[computation].append((body, int(known[1]) if known and " while(" in line else 1))
-    found: dict[str, int] = {}
-
-    def visit(name: str, times: int) -> None:
-        found[name] = max(found.get(name, 0), times)
-        for body, count in inner[name]:
-            visit(body, times * count)
-
-    bodies = {body for calls in list(inner.values()) for body, _ in calls}
-    for name in [name for name in inner if name not in bodies]:
-        visit(name, 1)
-    return found
 
 
 def fits(plan: Plan, target: hardware.Target) -> bool:
@@ -237,7 +197,8 @@ def show(plan: Plan, settings: config.Settings, mesh: Mesh, target: hardware.Tar
         print(
             f"estimate: {mfu * peak * mesh.size / flops:,.0f} tokens/s at a utilisation of {mfu:.0%}, assumed, not measured"
         )
-    print("\ncollectives a step: name, executions, GiB of results a device")
+    own = " (a TPU's compiler has others as calls of its own)" if target.kind.startswith("TPU") else ""
+    print(f"\ncollectives a step{own}: name, executions, GiB of results a device")
     for name, (count, size) in sorted(plan.collectives.items()):
         print(f"  {name:20s} {count:6d} {size / GIB:10.2f}")
 

@@ -5,6 +5,9 @@ import jax.numpy as jnp
 import pytest
 from rwkv_kernels import dispatch, numerics
 
+SLOWEST = "mosaic_gpu_interpreted"
+"""It goes through Python for every access to memory."""
+
 
 def on_this_device(backends):
     """Names of the backends that run here: kernels compiled where they can be, interpreted everywhere."""

@@ -17,11 +17,9 @@ def command(folder, *overrides):
     config.write_text(
         f"""
 [model]
-architecture = "rwkv7"
 vocab_size = 256
 num_layers = 2
 embed_dim = 16
-head_dim = 8
 [data]
 source = "text"
 path = {str(ROOT / "rwkv_jax" / "nn")!r}

@@ -21,19 +21,26 @@ OPS = ("wkv4", "wkv6", "wkv7")
 
 
 class Case(NamedTuple):
-    """One op, forward and backward, for one device."""
+    """One op, forward and backward, by one backend for one device."""
 
     op: str
+    backend: str
     target: str
     head_dim: int = 64
     dtype: str = "bfloat16"
 
 
-CASES = [
-    Case(op, target, head_dim, dtype)
-    for target, op, head_dim, dtype in itertools.product(hardware.TARGETS, OPS, (64, 128), ("bfloat16", "float32"))
-    if op != "wkv4" or head_dim == 64  # It has no heads; 64 is the block that its channels are cut into.
+_KERNELS = [
+    *itertools.product(OPS, ["pallas_gpu"], hardware.GPUS),
+    *itertools.product(["wkv4", "wkv7"], ["mosaic_gpu"], ["h200"]),
+    *itertools.product(OPS, ["pallas_tpu"], hardware.TPUS),
 ]
+CASES = [
+    Case(op, backend, target, head_dim, dtype)
+    for (op, backend, target), head_dim, dtype in itertools.product(_KERNELS, (64, 128), ("bfloat16", "float32"))
+    if op != "wkv4" or head_dim == 64  # It has no heads; its channels are cut into blocks of one size.
+]
+BACKENDS = tuple(dict.fromkeys(backend for _, backend, _ in _KERNELS))
 
 
 def main() -> None:
@@ -41,30 +48,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument(
-        "--only", nargs="*", choices=[*OPS, *hardware.TARGETS], default=[], help="ops and targets; all if none"
+        "--only",
+        nargs="*",
+        choices=[*OPS, *BACKENDS, *hardware.TARGETS],
+        default=[],
+        help="ops, backends and targets; all if none",
     )
-    parser.add_argument("--worker", nargs=5, metavar=("OP", "TARGET", "HEAD", "DTYPE", "DUMP"), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=6, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if reason := hardware.why_not():
         parser.error(reason)
     if arguments.worker:
-        op, target, head_dim, dtype, dump = arguments.worker
-        compile_case(Case(op, target, int(head_dim), dtype), dump)
+        op, backend, target, head_dim, dtype, dump = arguments.worker
+        compile_case(Case(op, backend, target, int(head_dim), dtype), dump)
         return
     rows = []
-    print(f"{'kernel':16s} {'target':7s} {'head':>5s} {'dtype':9s} {'registers':>9s} {'spilled bytes':>13s}")
+    print(
+        f"{'kernel':20s} {'backend':10s} {'target':7s} {'head':>5s} {'dtype':9s} {'registers':>9s} {'spilled bytes':>13s}"
+    )
     for case in CASES:
         if all(
             not {*names} & {*arguments.only} or value in arguments.only
-            for names, value in ((OPS, case.op), (hardware.TARGETS, case.target))
+            for names, value in ((OPS, case.op), (BACKENDS, case.backend), (hardware.TARGETS, case.target))
         ):
             for row in report(case):
                 rows.append(row)
                 registers, spilled = row.get("registers", "-"), row.get("spilled_bytes", "-")
-                print(
-                    f"{row['kernel']:16s} {case.target:7s} {case.head_dim:5d} {case.dtype:9s} {registers:>9} {spilled:>13}",
-                    flush=True,
-                )
+                where = f"{row['kernel']:20s} {case.backend:10s} {case.target:7s} {case.head_dim:5d} {case.dtype:9s}"
+                print(f"{where} {registers:>9} {spilled:>13}", flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
 
@@ -92,6 +103,7 @@ def compile_case(case: Case, dump: str) -> None:
 
     hardware.prepare()
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={dump}"
+    os.environ["MOSAIC_GPU_DUMP_TO"] = dump
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -117,7 +129,7 @@ def compile_case(case: Case, dump: str) -> None:
         run, inputs = wkv7, (token, wide, token, token, token, token, matrix)
 
     def total(inputs: Any, reset: Any) -> Any:
-        y, state = run(*inputs, reset=reset)
+        y, state = run(*inputs, reset=reset, backend=case.backend)
         return y.astype(jnp.float32).sum() + sum(x.sum() for x in jax.tree.leaves(state))
 
     with jax.sharding.use_abstract_mesh(hardware.abstract(case.target, mesh)):
@@ -127,20 +139,27 @@ def compile_case(case: Case, dump: str) -> None:
 def _assemble(file: Path) -> tuple[str, dict[str, int]] | None:
     """A WKV kernel's name and what ptxas says of it; None for XLA's own kernels."""
     text = file.read_text()
-    name, arch = re.search(r"\.entry (wkv\w+)", text), re.search(r"\.target (\w+)", text)
+    name, arch = (
+        re.search(r"\.entry (wkv\d_(?:forward|backward(?:_state|_chunks)?))", text),
+        re.search(r"\.target (\w+)", text),
+    )
     if name is None or arch is None:
         return None
-    package = importlib.util.find_spec("nvidia.cuda_nvcc")
-    if package is None or not package.submodule_search_locations:
-        raise RuntimeError(f"ptxas is not here: {hardware.ENVIRONMENT}")
-    ptxas = Path(package.submodule_search_locations[0]) / "bin/ptxas"
-    said = subprocess.run(
-        [ptxas, "-v", f"-arch={arch[1]}", file, "-o", "/dev/null"], capture_output=True, text=True, check=True
-    ).stderr
+    report = file.with_suffix(".ptxas")  # Mosaic GPU has a newer ptxas of its own, and writes down what that said.
+    said = report.read_text() if report.exists() else _ptxas(file, arch[1])
     registers, spilled = re.search(r"Used (\d+) registers", said), re.search(r"(\d+) bytes spill stores", said)
     if registers is None or spilled is None:
         raise RuntimeError(f"ptxas did not say what {name[1]} takes:\n{said}")
     return name[1], {"registers": int(registers[1]), "spilled_bytes": int(spilled[1])}
+
+
+def _ptxas(file: Path, arch: str) -> str:
+    package = importlib.util.find_spec("nvidia.cuda_nvcc")
+    if package is None or not package.submodule_search_locations:
+        raise RuntimeError(f"ptxas is not here: {hardware.ENVIRONMENT}")
+    ptxas = Path(package.submodule_search_locations[0]) / "bin/ptxas"
+    command = [ptxas, "-v", f"-arch={arch}", file, "-o", "/dev/null"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
 if __name__ == "__main__":

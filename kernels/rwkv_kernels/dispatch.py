@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from . import hardware
+
 LARGEST_HEAD = {"gpu": 128, "tpu": 256}
 """Channels of a head that the kernels for a platform hold, at most."""
 
@@ -42,7 +44,7 @@ def here(head_dim: int = 0, num_tokens: int | None = None, dtype: str | None = N
     """Returns a call on the device in use: that of the abstract mesh that is set (to compile for it), else JAX's default device."""
     abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     if abstract is not None:
-        return Call(_platform(abstract), None, head_dim, num_tokens, dtype)
+        return Call(_platform(abstract), _capability(abstract), head_dim, num_tokens, dtype)
     default: Any = getattr(jax.config, "jax_default_device", None) or jax.default_backend()
     device: Any = jax.devices(default)[0] if isinstance(default, str) else default
     nvidia = "cuda" in device.client.platform_version
@@ -51,6 +53,12 @@ def here(head_dim: int = 0, num_tokens: int | None = None, dtype: str | None = N
 
 def _platform(device: Any) -> str:
     return "gpu" if device.platform in ("cuda", "rocm") else device.platform
+
+
+def _capability(abstract: Any) -> float | None:
+    """Of a GPU that is described here; JAX's own description does not say."""
+    known = {gpu.name: float(".".join(map(str, gpu.capability))) for gpu in hardware.GPUS.values()}
+    return known.get(abstract.device_kind)
 
 
 def anything(call: Call) -> None:
@@ -72,6 +80,23 @@ def triton_gpu(call: Call) -> str | None:
     if call.capability is not None and call.capability < 8:
         return f"needs an NVIDIA GPU of compute capability 8.0 (Ampere) or later; this one has {call.capability}"
     return _cannot_import("jax.experimental.pallas.triton") or heads_fit("gpu", call)
+
+
+def mosaic_gpu(call: Call) -> str | None:
+    """The `why_not` of Pallas kernels that Mosaic GPU compiles, which JAX keeps when it drops the lowering through Triton."""
+    if call.platform != "gpu":
+        return f"needs a GPU, and the device in use is a {call.platform}"
+    if call.capability is None or not 9 <= call.capability < 12:
+        found = "that of the one in use is not known" if call.capability is None else f"this one has {call.capability}"
+        return f"needs the shared memory of an NVIDIA GPU of compute capability 9.0 (Hopper) to 11, and {found}"
+    if call.dtype == "float64":
+        return "holds tokens in bfloat16, float16 or float32, and these are float64"
+    return _cannot_import("jax.experimental.pallas.mosaic_gpu") or heads_fit("gpu", call)
+
+
+def mosaic_gpu_interpreted(call: Call) -> str | None:
+    """The `why_not` of the same in JAX's interpreter of GPU kernels."""
+    return _cannot_import("jax.experimental.pallas.mosaic_gpu") or heads_fit("gpu", call)
 
 
 def tpu(call: Call) -> str | None:

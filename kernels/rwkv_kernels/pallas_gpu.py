@@ -48,8 +48,8 @@ def _differentiable(op: Recurrence, interpret: bool) -> Any:
         gy, gfinal = cotangents
         if op.by_row:
             return *_backward(op, problem, entries, gy, gfinal, interpret), None
-        exits, gstate = _backward_of_state(op, problem, gy, gfinal, interpret)
-        return *_backward_of_chunks(op, problem, entries, exits, gy, interpret), gstate, None
+        exits, gstate = _backward_state(op, problem, gy, gfinal, interpret)
+        return *_backward_chunks(op, problem, entries, exits, gy, interpret), gstate, None
 
     walk.defvjp(walk_fwd, walk_bwd)
     return walk
@@ -72,7 +72,7 @@ def _forward(op: Recurrence, problem: Problem, interpret: bool, *, save: bool):
         def body(i, carry):
             for ref, leaf in zip(entry_refs, carry, strict=save):
                 parts.put(ref, leaf, i)
-            y, new = parts.step(token_refs, shared_refs, weights, mark_ref, i)(carry)
+            y, new = parts.chunk_from(token_refs, shared_refs, weights, mark_ref, i)(carry)
             parts.put_tokens(y_ref, i, y)
             return new
 
@@ -124,7 +124,7 @@ def _backward(op: Recurrence, problem: Problem, entries, gy, gfinal, interpret: 
     return tuple(gtokens), tuple(g.sum((0, 2)) for g in gshared), tuple(gstate)
 
 
-def _backward_of_state(op: Recurrence, problem: Problem, gy, gfinal, interpret: bool):
+def _backward_state(op: Recurrence, problem: Problem, gy, gfinal, interpret: bool):
     """Returns the cotangents of the states at the chunks' ends, and of the state before the first."""
     tokens, shared, state, marks = problem
     block = sizes(op.name, tokens[0].shape[3]).backward
@@ -142,7 +142,7 @@ def _backward_of_state(op: Recurrence, problem: Problem, gy, gfinal, interpret: 
             i = parts.num_chunks - 1 - i
             for ref, g in zip(exit_refs, gstate, strict=True):
                 parts.put(ref, g, i)
-            step = parts.step(token_refs, shared_refs, weights, mark_ref, i)
+            step = parts.chunk_from(token_refs, shared_refs, weights, mark_ref, i)
             # A chunk is linear in the state before it: where it is pulled back makes no difference.
             _, pullback = jax.vjp(step, jax.tree.map(jnp.zeros_like, gstate))
             return pullback((parts.values_of(gy_ref, i), gstate))[0]
@@ -153,11 +153,11 @@ def _backward_of_state(op: Recurrence, problem: Problem, gy, gfinal, interpret: 
 
     inputs = [*parts.inputs(), parts.of_values(gy), *parts.of_heads(gfinal)]
     outputs = [*parts.of_chunks(parts.states), *parts.of_heads(state)]
-    out = _call(kernel, f"{op.name}_backward_of_state", inputs, outputs, parts.grid, block, interpret)
+    out = _call(kernel, f"{op.name}_backward_state", inputs, outputs, parts.grid, block, interpret)
     return tuple(out[: len(state)]), tuple(out[len(state) :])
 
 
-def _backward_of_chunks(op: Recurrence, problem: Problem, entries, exits, gy, interpret: bool):
+def _backward_chunks(op: Recurrence, problem: Problem, entries, exits, gy, interpret: bool):
     """Returns the cotangents of tokens and shared, from the states at the chunks' starts and the cotangents of those at their ends.
 
     All that a product is taken over comes in short pieces, of keys and of values, because its operands are in registers as a whole.
@@ -225,7 +225,7 @@ def _backward_of_chunks(op: Recurrence, problem: Problem, entries, exits, gy, in
 
     inputs = [*parts.inputs(), parts.of_values(gy), *parts.of_chunks(entries), *parts.of_chunks(exits)]
     outputs = [*parts.of_tokens(), *parts.of_programs(parts.sums)]
-    out = _call(kernel, f"{op.name}_backward_of_chunks", inputs, outputs, parts.grid, block, interpret)
+    out = _call(kernel, f"{op.name}_backward_chunks", inputs, outputs, parts.grid, block, interpret)
     return tuple(out[: len(tokens)]), tuple(g.sum((0, 2)) for g in out[len(tokens) :])
 
 
@@ -309,7 +309,7 @@ class _Parts:
     def value(self, n: Any) -> Any:
         return 0 if self.at_once else n
 
-    def step(self, token_refs: list[Any], shared_refs: list[Any], weights: Any, mark_ref: Any, i: Any) -> Any:
+    def chunk_from(self, token_refs: list[Any], shared_refs: list[Any], weights: Any, mark_ref: Any, i: Any) -> Any:
         """The i-th chunk as a function of the state before it."""
         tokens, marks = self.chunk(token_refs, i), self.marks_of(mark_ref, i)
         if self.op.by_row:

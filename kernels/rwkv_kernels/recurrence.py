@@ -14,6 +14,18 @@ from jax import lax
 from jaxtyping import Array, Bool, Int
 
 
+class Step(NamedTuple):
+    """One token of one head, as functions of arrays [V, K]: every token's are spread over the rows or columns of the state.
+
+    `spread(x)` does that with a sum over key channels, [V].
+    """
+
+    forward: Callable[..., Any]
+    """forward(tokens, state, spread) -> (y [V], state after the token)."""
+    backward: Callable[..., Any]
+    """backward(tokens, state before the token, gy, gstate after it, spread) -> (gtokens, gstate): [K] each, or [V] for values."""
+
+
 class Recurrence(NamedTuple):
     """An op, as its kernels see it: heads with a token of X numbers from each of several arrays, and a state."""
 
@@ -34,6 +46,8 @@ class Recurrence(NamedTuple):
     factors: Callable[..., Any] | None = None
     """Its chunk's two parts, if it is `of_factors`: see there."""
     mix: Callable[..., Any] | None = None
+    step: Step | None = None
+    """One token of an op whose state is a matrix, for kernels that hold it in registers."""
 
 
 class Problem(NamedTuple):
@@ -66,6 +80,12 @@ def sequence_of(reset: Array, num_tokens: int) -> Int[Array, "B T"]:
     """Returns how many sequences have started in its chunk at each token, T being whole chunks of `num_tokens`."""
     chunks = reset.reshape(reset.shape[0], -1, num_tokens)
     return jnp.cumsum(chunks.astype(jnp.int32), -1).reshape(reset.shape)
+
+
+def starts_of(sequence: Array, num_tokens: int) -> Int[Array, "B T"]:
+    """Returns the reverse of `sequence_of`: 1 where a sequence starts."""
+    chunks = sequence.reshape(sequence.shape[0], -1, num_tokens)
+    return jnp.diff(chunks, axis=-1, prepend=0).reshape(sequence.shape)
 
 
 def dot(a: Array, b: Array, contract: tuple[int, int] = (1, 0)) -> Array:
@@ -113,7 +133,13 @@ def masked(mask: Array | None, x: Array) -> Array:
 
 
 def of_factors(
-    name: str, factors: Callable[..., Factors], mix: Callable[..., Any], *, num_tokens: int, split: int
+    name: str,
+    factors: Callable[..., Factors],
+    mix: Callable[..., Any],
+    *,
+    num_tokens: int,
+    split: int,
+    step: Step | None = None,
 ) -> Recurrence:
     """Returns a recurrence that meets its state S in products of matrices only, so that two functions make its chunk.
 
@@ -127,6 +153,7 @@ def of_factors(
         mix: mix(scores, found, v, marks) -> (y, written), of a block of values: v, y and each of found and written [C, V].
         num_tokens: C.
         split: Which array of tokens is v.
+        step: As in `Recurrence`.
     """
 
     def chunk(tokens, shared, state, marks, scores=None):
@@ -141,7 +168,7 @@ def of_factors(
         new = (sum((dot(x, g, (0, 0)) for x, g in zip(written, writes, strict=True)), start) for start, writes in left)
         return y, (tuple(new),)
 
-    return Recurrence(name, chunk, num_tokens, by_row=False, split=split, factors=factors, mix=mix)
+    return Recurrence(name, chunk, num_tokens, by_row=False, split=split, factors=factors, mix=mix, step=step)
 
 
 def _plus(total: Any, more: Any) -> Any:

@@ -6,8 +6,11 @@ import sys
 import pytest
 from rwkv_kernels import compile_report, hardware
 
-SPILLS = {"wkv4": 0, "wkv6": 256, "wkv7": 256}
-"""Bytes a thread may spill with heads of 64. None is the goal, and wkv4 reaches it; kernels/README.md has what the others spill."""
+SPILLS = {
+    ("wkv4", "pallas_gpu"): 0, ("wkv6", "pallas_gpu"): 256, ("wkv7", "pallas_gpu"): 256,
+    ("wkv4", "mosaic_gpu"): 0, ("wkv7", "mosaic_gpu"): 64,
+}  # fmt: skip
+"""Bytes a thread may spill with heads of 64. None is the goal; kernels/README.md has what those that miss it spill."""
 
 
 @pytest.mark.aot
@@ -18,7 +21,7 @@ def test_both_kernels_of_an_op_compile(case):
     rows = compile_report.report(case)
     assert [row["kernel"] for row in rows] == [f"{case.op}_forward", f"{case.op}_backward"]
     if case.target in hardware.GPUS and case.head_dim == 64:
-        assert all(row["spilled_bytes"] <= SPILLS[case.op] for row in rows)
+        assert all(row["spilled_bytes"] <= SPILLS[case.op, case.backend] for row in rows)
 
 
 SHARDED = """

@@ -1,5 +1,7 @@
 """Which backend is chosen where, and what is said of the others."""
 
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -37,6 +39,12 @@ def test_the_best_backend_is_chosen(call, name):
         ("pallas_gpu", Call("cpu"), "pallas_gpu: needs a GPU, and the device in use is a cpu"),
         ("pallas_gpu", Call("gpu", 7.5), "this one has 7.5"),
         ("pallas_gpu", Call("gpu", 8.0, 192), "a head has 192 channels; this kernel holds at most 128"),
+        ("mosaic_gpu", Call("cpu"), "mosaic_gpu: needs a GPU, and the device in use is a cpu"),
+        ("mosaic_gpu", Call("gpu", 8.0), "compute capability 9.0 (Hopper) to 11, and this one has 8.0"),
+        ("mosaic_gpu", Call("gpu"), "9.0 (Hopper) to 11, and that of the one in use is not known"),
+        ("mosaic_gpu", Call("gpu", 12.0), "this one has 12.0"),
+        ("mosaic_gpu", Call("gpu", 9.0, 192), "a head has 192 channels; this kernel holds at most 128"),
+        ("mosaic_gpu", Call("gpu", 9.0, 64, 64, "float64"), "float32, and these are float64"),
         ("pallas_tpu", Call("gpu", 8.0), "pallas_tpu: needs a TPU, and the device in use is a gpu"),
         ("pallas_tpu", Call("tpu", None, 64, 64, "float64"), "bfloat16 or float32, and these are float64"),
         ("pallas_tpu_interpreted", Call("cpu", None, 512), "512 channels"),
@@ -47,6 +55,12 @@ def test_a_backend_that_cannot_is_refused_with_every_reason(name, call, reason):
         dispatch.choose("wkv7", BACKENDS, name, call)
     assert reason in str(error.value)
     assert all(other in str(error.value) for other in BACKENDS)
+
+
+def test_mosaic_gpu_takes_over_where_pallas_has_no_triton(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)
+    assert chosen(Call("gpu", 9.0, 64, 4096)) == "mosaic_gpu"
+    assert chosen(Call("gpu", 8.0, 64, 4096)) == "parallel"
 
 
 def test_a_named_kernel_takes_a_single_token():

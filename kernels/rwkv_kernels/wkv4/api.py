@@ -10,7 +10,7 @@ from .chunk import kernel
 from .parallel import parallel
 from .reference import EMPTY, WKV4State, scan
 
-_COMPILED, _INTERPRETED = kernel_backends(kernel)
+_COMPILED, _INTERPRETED = kernel_backends(kernel, mosaic=True)
 BACKENDS = {
     **_COMPILED,
     "parallel": dispatch.Backend(parallel, dispatch.anything),

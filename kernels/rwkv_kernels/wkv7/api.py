@@ -9,7 +9,7 @@ from .chunk import kernel
 from .parallel import parallel
 from .reference import scan
 
-_COMPILED, _INTERPRETED = kernel_backends(kernel)
+_COMPILED, _INTERPRETED = kernel_backends(kernel, mosaic=True)
 BACKENDS = {
     **_COMPILED,
     "parallel": dispatch.Backend(parallel, dispatch.anything),

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ..recurrence import Factors, Problem, Run, dot, grid, of_factors, pad_channels, pad_tokens, sequence_of
+from .step import STEP
 
 
 def kernel(run: Run, r, w, k, v, a, b, state, reset, length) -> tuple[Array, Array]:
@@ -66,5 +67,5 @@ def _inverse_jvp(primals, tangents):
     return inverse, dot(dot(inverse, *tangents), inverse)
 
 
-RECURRENCE = of_factors("wkv7", factors, mix, num_tokens=16, split=3)
+RECURRENCE = of_factors("wkv7", factors, mix, num_tokens=16, split=3, step=STEP)
 """16 is the least that a matrix unit multiplies; no factor exceeds e^{0.6066 * 16}."""

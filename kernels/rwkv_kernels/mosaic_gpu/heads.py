@@ -1,0 +1,239 @@
+"""Kernels of recurrences whose state is a matrix a head, such as wkv7's: token by token, with 64 rows of the state in registers.
+
+They compute what an op's `step.py` says of a token. A chunk's tokens come into shared memory at once, and what is made of them leaves
+it so. The backward kernel walks a chunk forward first, and keeps the state before every fourth token in shared memory; from there it
+walks up to three tokens again, to the state before the one whose turn it is. Nothing is inverted, so that nothing is lost to rounding.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array
+
+from ..recurrence import Problem, Recurrence, pad_channels, starts_of
+from .call import call, like, lying
+
+ROWS = 64
+"""Value channels of a program: the layout in which 128 threads hold a matrix, that of a product by wgmma, has so many rows."""
+_GROUP = 4
+"""Tokens between two states that the backward kernel keeps of a chunk: of 16 it keeps four, and with heads of 128 no more fit."""
+
+
+def run(op: Recurrence, problem: Problem, walk: Any) -> tuple[Array, tuple[Array, ...]]:
+    """Returns walk(problem), with the value channels padded to whole programs."""
+    (state,) = problem.state
+    values = state.shape[2]
+    padded = -(-values // ROWS) * ROWS
+    tokens = tuple(pad_channels(x, 3, padded) if i == op.split else x for i, x in enumerate(problem.tokens))
+    starts = None if problem.marks is None else starts_of(problem.marks, op.num_tokens)
+    y, (final,) = walk(Problem(tokens, (), (pad_channels(state, 2, padded),), starts))
+    return y[..., :values], (final[:, :, :values],)
+
+
+def forward(op: Recurrence, problem: Problem, interpret: bool, *, save: bool) -> tuple[Array, tuple, tuple]:
+    """Returns y, the state after it, and, to `save`, the states at the chunks' starts [B, H, N, V, K]."""
+    tile = _Tile(op, problem, interpret)
+
+    def kernel(inputs, outputs, scratch):
+        y_ref, final_ref, entry_refs = outputs
+        token_parts, y_part, start, loaded, start_loaded = scratch
+        b, h, rows = tile.place()
+        plgpu.copy_gmem_to_smem(inputs.state[0].at[b, h, rows], start, start_loaded)
+        plgpu.barrier_wait(start_loaded)
+
+        def body(i, state):
+            tile.load(inputs.tokens, token_parts, i, loaded)
+            for ref in entry_refs:
+                ref[b, h, i, rows] = state
+
+            def token(t, state):
+                state = tile.cut(inputs.marks, i, t, state)
+                y, state = tile.step.forward(tile.tokens(token_parts, t), state, tile.spread)
+                y_part[t] = y.astype(y_part.dtype)
+                return state
+
+            state = lax.fori_loop(0, op.num_tokens, token, state)
+            tile.store([y_part], [y_ref], [True], i)
+            return state
+
+        final_ref[b, h, rows] = lax.fori_loop(0, tile.num_chunks, body, tile.hint(start[...]))
+
+    (state,), v = problem.state, problem.tokens[tile.split]
+    entries = (
+        (jax.ShapeDtypeStruct((*state.shape[:2], tile.num_chunks, *state.shape[2:]), state.dtype),) if save else ()
+    )
+    scratch = (
+        tile.parts(problem.tokens, tile.by_row), *tile.parts([v], [True]), tile.matrix(),
+        plgpu.Barrier(num_arrivals=len(problem.tokens)), plgpu.Barrier(),
+    )  # fmt: skip
+    y, final, entries = call(
+        kernel, f"{op.name}_forward", problem, (like(v), like(state), entries), tile.grid, interpret, scratch
+    )
+    return y, (final,), entries
+
+
+def backward(
+    op: Recurrence, problem: Problem, entries: tuple[Array, ...], gy: Array, gfinal: tuple[Array, ...], interpret: bool
+) -> tuple[tuple, tuple, tuple]:
+    """Returns the cotangents of tokens, shared and state."""
+    tile = _Tile(op, problem, interpret)
+    groups = op.num_tokens // _GROUP
+
+    def kernel(inputs, outputs, scratch):
+        problem, (entry_ref,), gy_ref, (gfinal_ref,) = inputs
+        gtoken_refs, gstate_ref = outputs
+        token_parts, gy_part, gtoken_parts, kept, loaded, entry_loaded = scratch
+        b, h, rows = tile.place()
+
+        def load(ref):
+            plgpu.copy_gmem_to_smem(ref, kept.at[0], entry_loaded)
+            plgpu.barrier_wait(entry_loaded)
+            return tile.hint(kept[0])
+
+        def body(i, gstate):
+            i = tile.num_chunks - 1 - i
+            tile.load((*problem.tokens, gy_ref), (*token_parts, gy_part), i, loaded)
+
+            def step(t, state):
+                state = tile.cut(problem.marks, i, t, state)
+                return tile.step.forward(tile.tokens(token_parts, t), state, tile.spread)[1]
+
+            def keep(j, state):
+                for n in range(_GROUP):
+                    state = step(j * _GROUP + n, state)
+                kept[j + 1] = state
+                return state
+
+            def pull(j, gstate):
+                j = groups - 1 - j
+                for n in reversed(range(_GROUP)):
+                    state, t = tile.hint(kept[j]), j * _GROUP + n
+                    for earlier in range(n):
+                        state = step(j * _GROUP + earlier, state)
+                    state = tile.cut(problem.marks, i, t, state)
+                    gy = tile.token(gy_part, t, 0)
+                    gtokens, gstate = tile.step.backward(tile.tokens(token_parts, t), state, gy, gstate, tile.spread)
+                    for part, g in zip(gtoken_parts, gtokens, strict=True):
+                        part[t] = g.astype(part.dtype)
+                    gstate = tile.cut(problem.marks, i, t, gstate)
+                return gstate
+
+            lax.fori_loop(0, groups - 1, keep, load(entry_ref.at[b, h, i, rows]))
+            gstate = lax.fori_loop(0, groups, pull, gstate)
+            tile.store(gtoken_parts, gtoken_refs, tile.by_row, i)
+            return gstate
+
+        gstate_ref[b, h, rows] = lax.fori_loop(0, tile.num_chunks, body, load(gfinal_ref.at[b, h, rows]))
+
+    (state,) = problem.state
+    # What is not a value is summed over the programs of a head.
+    gtokens = tuple(
+        like(x) if tile.alone(by_row) else jax.ShapeDtypeStruct((tile.programs * x.shape[0], *x.shape[1:]), state.dtype)
+        for x, by_row in zip(problem.tokens, tile.by_row, strict=True)
+    )
+    scratch = (
+        tile.parts(problem.tokens, tile.by_row), *tile.parts([gy], [True]), tile.parts(gtokens, tile.by_row),
+        tile.matrix(groups), plgpu.Barrier(num_arrivals=len(problem.tokens) + 1), plgpu.Barrier(),
+    )  # fmt: skip
+    gtokens, gstate = call(
+        kernel,
+        f"{op.name}_backward",
+        (problem, entries, gy, gfinal),
+        (gtokens, like(state)),
+        tile.grid,
+        interpret,
+        scratch,
+    )
+    gtokens = tuple(
+        g if tile.alone(by_row) else g.reshape(tile.programs, *x.shape).sum(0).astype(x.dtype)
+        for g, by_row, x in zip(gtokens, tile.by_row, problem.tokens, strict=True)
+    )
+    return gtokens, (), (gstate,)
+
+
+class _Tile:
+    """A program's part of the arrays, and how its threads hold it; the grid is (B, H, programs of a head)."""
+
+    def __init__(self, op: Recurrence, problem: Problem, interpret: bool):
+        assert op.step is not None and op.split is not None
+        self.op, self.step, self.split, self.interpret = op, op.step, op.split, interpret
+        (state,) = problem.state
+        self.batch_size, num_heads, values, self.keys = state.shape
+        self.wide, self.num_chunks, self.programs = (
+            state.dtype,
+            problem.tokens[0].shape[1] // op.num_tokens,
+            values // ROWS,
+        )
+        self.by_row = [i == op.split for i in range(len(problem.tokens))]
+        self.grid = {"b": self.batch_size, "h": num_heads, "n": self.programs}
+
+    def alone(self, by_row: bool) -> bool:
+        """Whether no other program has gradients of the same numbers of tokens, which may be values."""
+        return by_row or self.programs == 1
+
+    def place(self) -> tuple[Any, Any, Any]:
+        """Row of the batch, head, and value channels."""
+        return lax.axis_index("b"), lax.axis_index("h"), pl.ds(lax.axis_index("n") * ROWS, ROWS)
+
+    def load(self, refs: Sequence[Any], parts: Sequence[Any], i: Any, loaded: Any) -> None:
+        """Fetches a chunk of tokens, and, after them, of what is like values."""
+        by_row = [*self.by_row, *[True] * (len(refs) - len(self.by_row))]
+        for ref, part, rows in zip(refs, parts, by_row, strict=True):
+            plgpu.copy_gmem_to_smem(self._chunk(ref, i, rows), part, loaded)
+        plgpu.barrier_wait(loaded)
+
+    def store(self, parts: Sequence[Any], refs: Sequence[Any], by_row: Sequence[bool], i: Any) -> None:
+        """Writes a chunk."""
+        plgpu.commit_smem()
+        for part, ref, rows in zip(parts, refs, by_row, strict=True):
+            plgpu.copy_smem_to_gmem(part, self._chunk(ref, i, rows))
+        plgpu.wait_smem_to_gmem(0)
+
+    def _chunk(self, ref: Any, i: Any, by_row: bool) -> Any:
+        b, h, rows = self.place()
+        if ref.shape[0] != self.batch_size:  # Every program of a head has a batch of its own.
+            b += lax.axis_index("n") * self.batch_size
+        tokens = pl.ds(i * self.op.num_tokens, self.op.num_tokens)
+        return ref.at[b, tokens, h, rows] if by_row else ref.at[b, tokens, h]
+
+    def hint(self, x: Any, *summed: int) -> Any:
+        """Says how threads hold x: as they do a matrix, or what is left of one after a sum over an axis."""
+        layout = plgpu.Layout.WGMMA.reduce(*summed) if summed else plgpu.Layout.WGMMA
+        return lying(x, layout, self.interpret)
+
+    def spread(self, x: Any, axis: int = 0) -> Any:
+        """x [V], or, for axis 1, [K], as [V, K]."""
+        return self.hint(lax.broadcast_in_dim(x, (ROWS, self.keys), (axis,)))
+
+    def token(self, part: Any, t: Any, axis: int) -> Any:
+        """One token's numbers, spread."""
+        return self.spread(self.hint(part[t], 1 - axis).astype(self.wide), axis)
+
+    def tokens(self, parts: Sequence[Any], t: Any) -> list[Any]:
+        """One token's numbers from each array, spread."""
+        return [self.token(part, t, 0 if rows else 1) for part, rows in zip(parts, self.by_row, strict=True)]
+
+    def cut(self, starts: Any, i: Any, t: Any, x: Any) -> Any:
+        """The state before a token, or its cotangent: 0 where a sequence starts."""
+        if starts is None:
+            return x
+        return jnp.where(starts[lax.axis_index("b"), i * self.op.num_tokens + t] != 0, 0.0, x)
+
+    def parts(self, arrays: Sequence[Any], by_row: Sequence[bool]) -> list[Any]:
+        """Shared memory for a chunk of arrays of tokens."""
+        return [
+            plgpu.SMEM((self.op.num_tokens, ROWS if rows else self.keys), x.dtype)
+            for x, rows in zip(arrays, by_row, strict=True)
+        ]
+
+    def matrix(self, *count: int) -> Any:
+        """Shared memory for states, in an order that lets all threads read and write at once."""
+        size = jnp.dtype(self.wide).itemsize
+        swizzle = min(128, self.keys * size)
+        transforms = (plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle))
+        return plgpu.SMEM((*count, ROWS, self.keys), self.wide, transforms=transforms)
