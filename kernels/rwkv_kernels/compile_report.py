@@ -98,7 +98,7 @@ def report(case: Case) -> list[dict[str, Any]]:
 
 
 def compile_case(case: Case, dump: str) -> None:
-    """Compiles the gradient of an op, which holds both of its kernels, at T 4096, D 4096, and B 8 (on a TPU, with less memory, 1)."""
+    """Compiles the gradient of an op, which holds all of its kernels, at T 4096, D 4096, and B 8 (on a TPU, with less memory, 1)."""
     import os
 
     hardware.prepare()

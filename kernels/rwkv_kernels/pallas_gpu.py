@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array
 
-from .recurrence import Factors, Problem, Recurrence, dot, masked, masks
+from .recurrence import Factors, Problem, Products, Recurrence, dot, masked, masks
 from .tuning import Block, sizes
 
 
@@ -46,10 +46,10 @@ def _differentiable(op: Recurrence, interpret: bool) -> Any:
     def walk_bwd(residuals, cotangents):
         problem, entries = residuals
         gy, gfinal = cotangents
-        if op.by_row:
+        if op.products is None:
             return *_backward(op, problem, entries, gy, gfinal, interpret), None
         exits, gstate = _backward_state(op, problem, gy, gfinal, interpret)
-        return *_backward_chunks(op, problem, entries, exits, gy, interpret), gstate, None
+        return *_backward_chunks(op, op.products, problem, entries, exits, gy, interpret), gstate, None
 
     walk.defvjp(walk_fwd, walk_bwd)
     return walk
@@ -157,13 +157,14 @@ def _backward_state(op: Recurrence, problem: Problem, gy, gfinal, interpret: boo
     return tuple(out[: len(state)]), tuple(out[len(state) :])
 
 
-def _backward_chunks(op: Recurrence, problem: Problem, entries, exits, gy, interpret: bool):
+def _backward_chunks(op: Recurrence, products: Products, problem: Problem, entries, exits, gy, interpret: bool):
     """Returns the cotangents of tokens and shared, from the states at the chunks' starts and the cotangents of those at their ends.
 
     All that a product is taken over comes in short pieces, of keys and of values, because its operands are in registers as a whole.
     """
     tokens, shared, _, marks = problem
     block = sizes(op.name, tokens[0].shape[3]).chunk
+    assert block is not None, f"tuning.py has no sizes for the chunks of {op.name}"
     parts = _Parts(op, problem, block, at_once=True)
 
     def kernel(*refs):
@@ -172,9 +173,9 @@ def _backward_chunks(op: Recurrence, problem: Problem, entries, exits, gy, inter
         mark_ref = None if marks is None else next(refs)
         gy_ref, entry_ref, exit_ref = (next(refs) for _ in range(3))
         gtoken_refs, gshared_refs = ([next(refs) for _ in group] for group in (tokens, shared))
-        v_ref, gv_ref = token_refs.pop(op.split), gtoken_refs.pop(op.split)
+        v_ref, gv_ref = token_refs.pop(products.split), gtoken_refs.pop(products.split)
         marks_ = parts.marks_of(mark_ref, 0)
-        ends, mix = masks(marks_), partial(op.mix, marks=marks_)
+        ends, mix = masks(marks_), partial(products.mix, marks=marks_)
 
         keys_of = partial(parts.keys, token_refs, shared_refs, 0)
 
@@ -187,7 +188,7 @@ def _backward_chunks(op: Recurrence, problem: Problem, entries, exits, gy, inter
         def meet(p, sums):
             """Adds up the scores, what each block of values finds in the state, and the cotangent of what it writes."""
             scores, found, gwritten = sums
-            own, states = op.factors(*keys_of(p)), states_of(p)
+            own, states = products.factors(*keys_of(p)), states_of(p)
             writes = [masked(ends.to_end, x) for x in own.writes]
             return (
                 jax.tree.map(jnp.add, scores, own.scores),
@@ -195,7 +196,7 @@ def _backward_chunks(op: Recurrence, problem: Problem, entries, exits, gy, inter
                 [_add(g, writes, exit, (1, 1)) for g, (_, exit) in zip(gwritten, states, strict=True)],
             )
 
-        zeros = _zeros(op, keys_of)
+        zeros = _zeros(products, keys_of)
         row = jnp.zeros((op.num_tokens, parts.values), parts.wide)
         found, gwritten = ([(row,) * len(x) for _ in parts.blocks] for x in (zeros.reads, zeros.writes))
         scores, found, gwritten = lax.fori_loop(0, parts.pieces, meet, (zeros.scores, found, gwritten))
@@ -211,7 +212,7 @@ def _backward_chunks(op: Recurrence, problem: Problem, entries, exits, gy, inter
             written.append(x)
 
         def pull_back(p, _):
-            _, pullback = jax.vjp(op.factors, *keys_of(p))
+            _, pullback = jax.vjp(products.factors, *keys_of(p))
             greads, gwrites, gkept = zeros.reads, zeros.writes, zeros.kept
             for gf, x, (entry, exit) in zip(gfound, written, states_of(p), strict=True):
                 greads, gwrites = _add(greads, gf, entry), _add(gwrites, x, exit)
@@ -229,9 +230,9 @@ def _backward_chunks(op: Recurrence, problem: Problem, entries, exits, gy, inter
     return tuple(out[: len(tokens)]), tuple(g.sum((0, 2)) for g in out[len(tokens) :])
 
 
-def _zeros(op: Recurrence, keys: Any) -> Any:
+def _zeros(products: Products, keys: Any) -> Any:
     """Factors of zeros."""
-    shapes = jax.eval_shape(op.factors, *jax.eval_shape(lambda: keys(0)))
+    shapes = jax.eval_shape(products.factors, *jax.eval_shape(lambda: keys(0)))
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
@@ -312,23 +313,23 @@ class _Parts:
     def chunk_from(self, token_refs: list[Any], shared_refs: list[Any], weights: Any, mark_ref: Any, i: Any) -> Any:
         """The i-th chunk as a function of the state before it."""
         tokens, marks = self.chunk(token_refs, i), self.marks_of(mark_ref, i)
-        if self.op.by_row:
+        products = self.op.products
+        if products is None:
             return lambda state: self.op.chunk(tokens, weights, state, marks)
-        keys = partial(self.keys, [ref for n, ref in enumerate(token_refs) if n != self.op.split], shared_refs, i)
+        keys = partial(self.keys, [ref for n, ref in enumerate(token_refs) if n != products.split], shared_refs, i)
 
         # In a loop, since unrolled it would take more registers than there are.
         def add(p: Any, sums: Any) -> Any:
-            return jax.tree.map(jnp.add, sums, self.op.factors(*keys(p)).scores)
+            return jax.tree.map(jnp.add, sums, products.factors(*keys(p)).scores)
 
-        scores = lax.fori_loop(0, self.pieces, add, _zeros(self.op, keys).scores)
+        scores = lax.fori_loop(0, self.pieces, add, _zeros(products, keys).scores)
         return lambda state: self.op.chunk(tokens, weights, state, marks, scores)
 
     def keys(self, token_refs: list[Any], shared_refs: list[Any], i: Any, p: Any) -> Any:
         """What `factors` takes of the i-th chunk and the p-th piece of key channels."""
         at = pl.ds(p * self.piece, self.piece)
-        return tuple(ref[self._tokens(i), at].astype(self.wide) for ref in token_refs), tuple(
-            ref[:, at] for ref in shared_refs
-        )
+        tokens = tuple(ref[self._tokens(i), at].astype(self.wide) for ref in token_refs)
+        return tokens, tuple(ref[:, at] for ref in shared_refs)
 
     def whole(self, ref: Any, *entry: Any) -> Any:
         """A state's (that at a chunk's start) or shared parameter's numbers: pieces of key channels, or all if tokens come by row."""

@@ -43,9 +43,8 @@ class Recurrence(NamedTuple):
     """Whether a chunk is handed over token by token, because its tokens depend on each other."""
     split: int | None
     """Which array of tokens has value channels, which the rows of the state and y share and which do not mix; None: none."""
-    factors: Callable[..., Any] | None = None
-    """Its chunk's two parts, if it is `of_factors`: see there."""
-    mix: Callable[..., Any] | None = None
+    products: "Products | None" = None
+    """What its chunk is made of, if it is `of_products`."""
     step: Step | None = None
     """One token of an op whose state is a matrix, for kernels that hold it in registers."""
 
@@ -132,29 +131,30 @@ def masked(mask: Array | None, x: Array) -> Array:
     return x if mask is None else jnp.where(mask, x, 0)
 
 
-def of_factors(
-    name: str,
-    factors: Callable[..., Factors],
-    mix: Callable[..., Any],
-    *,
-    num_tokens: int,
-    split: int,
-    step: Step | None = None,
-) -> Recurrence:
-    """Returns a recurrence that meets its state S in products of matrices only, so that two functions make its chunk.
+class Products(NamedTuple):
+    """A chunk that meets its state S in products of matrices only, as two functions.
 
-        found = reads S^T      y, written = mix(scores, found, v)      S <- kept S + written^T writes
+    found = reads S^T      y, written = mix(scores, found, v)      S <- kept S + written^T writes
+    """
 
-    Its chunk takes one more argument: the scores, where they have been summed before.
+    factors: Callable[..., Factors]
+    """factors(tokens, shared) -> Factors, of a piece of key channels: [C, P] and [1, P] each."""
+    mix: Callable[..., Any]
+    """mix(scores, found, v, marks) -> (y, written), of a block of values: v, y and each of found and written [C, V]."""
+    split: int
+    """Which array of tokens is v."""
+
+
+def of_products(name: str, products: Products, *, num_tokens: int, step: Step | None = None) -> Recurrence:
+    """Returns the recurrence whose chunk two functions make; its chunk also takes the scores, if they have been summed before.
 
     Args:
         name: Of the op.
-        factors: factors(tokens, shared) -> Factors, of a piece of key channels: [C, P] and [1, P] each.
-        mix: mix(scores, found, v, marks) -> (y, written), of a block of values: v, y and each of found and written [C, V].
+        products: The functions.
         num_tokens: C.
-        split: Which array of tokens is v.
         step: As in `Recurrence`.
     """
+    factors, mix, split = products
 
     def chunk(tokens, shared, state, marks, scores=None):
         keys, ends = (*tokens[:split], *tokens[split + 1 :]), masks(marks)
@@ -168,7 +168,7 @@ def of_factors(
         new = (sum((dot(x, g, (0, 0)) for x, g in zip(written, writes, strict=True)), start) for start, writes in left)
         return y, (tuple(new),)
 
-    return Recurrence(name, chunk, num_tokens, by_row=False, split=split, factors=factors, mix=mix, step=step)
+    return Recurrence(name, chunk, num_tokens, by_row=False, split=split, step=step, products=products)
 
 
 def _plus(total: Any, more: Any) -> Any:

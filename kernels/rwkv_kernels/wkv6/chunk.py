@@ -7,7 +7,7 @@ of the blocks of 2^l tokens that they lie side by side in. The state is [V, K] h
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from ..recurrence import Factors, Problem, Run, dot, grid, of_factors, pad_channels, pad_tokens, sequence_of
+from ..recurrence import Factors, Problem, Products, Run, dot, grid, of_products, pad_channels, pad_tokens, sequence_of
 from .parallel import LEAST_LOG_DECAY
 
 
@@ -81,5 +81,5 @@ def _decay(tokens: Bool[Array, "C C"], w: Float[Array, "C P"]) -> Float[Array, "
     return jnp.exp(dot(tokens.astype(w.dtype), w))
 
 
-RECURRENCE = of_factors("wkv6", factors, mix, num_tokens=16, split=2)
+RECURRENCE = of_products("wkv6", Products(factors, mix, split=2), num_tokens=16)
 """16 is the least that a matrix unit multiplies."""

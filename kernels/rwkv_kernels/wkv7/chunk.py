@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ..recurrence import Factors, Problem, Run, dot, grid, of_factors, pad_channels, pad_tokens, sequence_of
+from ..recurrence import Factors, Problem, Products, Run, dot, grid, of_products, pad_channels, pad_tokens, sequence_of
 from .step import STEP
 
 
@@ -67,5 +67,5 @@ def _inverse_jvp(primals, tangents):
     return inverse, dot(dot(inverse, *tangents), inverse)
 
 
-RECURRENCE = of_factors("wkv7", factors, mix, num_tokens=16, split=3, step=STEP)
+RECURRENCE = of_products("wkv7", Products(factors, mix, split=3), num_tokens=16, step=STEP)
 """16 is the least that a matrix unit multiplies; no factor exceeds e^{0.6066 * 16}."""
