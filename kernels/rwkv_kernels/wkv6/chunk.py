@@ -38,13 +38,13 @@ def factors(tokens, shared) -> Factors:
     r, k = tokens[:2]
     u, size = shared[0], r.shape[0]
     row, column = among = grid(size)
-    # A token that is not finite would reach all others in the products. It takes no part in them, and `mix` is told by its own score.
+    # A token that is not finite would reach all others in the products. It takes no part in them, and `mix` puts it back.
     sound = _finite(r) & _finite(k)
     r, k = (jnp.where(sound, x, 0) for x in (r, k))
     w = tokens[2] if len(tokens) == 3 else jnp.broadcast_to(shared[1], k.shape)
     w = jnp.where(w < LEAST_LOG_DECAY, LEAST_LOG_DECAY, w)
 
-    own = jnp.where(sound, (r * u * k).sum(1, keepdims=True), jnp.nan)
+    own, unsound = (r * u * k).sum(1, keepdims=True), jnp.where(sound, 0, 1).astype(k.dtype)
     scores = jnp.where(among.pairs(0), dot(r, k, (1, 1)), 0)  # Nothing lies between neighbours and their boundary.
     for level in range(1, size.bit_length() - 1):
         right = (row >> level) & 1 == 1
@@ -52,20 +52,20 @@ def factors(tokens, shared) -> Factors:
         decay = _decay(to_edge & (row >> level == column >> level), w)
         scores += jnp.where(among.pairs(level), dot(r * decay, k * decay, (1, 1)), 0)
     reads, writes = r * _decay(column < row, w), k * _decay(column > row, w)
-    return Factors((reads,), (writes,), jnp.exp(w.sum(0, keepdims=True)), (scores, own))
+    return Factors((reads,), (writes,), jnp.exp(w.sum(0, keepdims=True)), (scores, own, unsound))
 
 
 def mix(scores, found, v, marks):
     """y, from each other and from the state, and what is written, the values: NaN where a token that is not finite reaches."""
-    (scores, own), (found,) = scores, found
+    (scores, own, unsound), (found,) = scores, found
     row, column = grid(v.shape[0])
     seen, to_end = column <= row, None
     if marks is not None:  # A reset cuts the pairs that it lies between.
         sequence, sequence_row = marks
         seen, to_end = seen & (sequence == sequence_row), sequence == sequence.max()
-    sound = _finite(v) & ~jnp.isnan(own)
+    sound = _finite(v) & (unsound == 0)
     v = jnp.where(sound, v, 0)
-    y = dot(jnp.where(seen, scores, 0) + jnp.where((row == column) & sound, own, 0), v) + found
+    y = dot(jnp.where(seen, scores, 0) + jnp.where(row == column, own, 0), v) + found
     spoils = jnp.where((row == column) & ~sound, 1, 0).max(0, keepdims=True)
     y = jnp.where(jnp.where(seen, spoils, 0).max(1, keepdims=True) > 0, jnp.nan, y)
     return y, (jnp.where(sound if to_end is None else sound | ~to_end, v, jnp.nan),)
