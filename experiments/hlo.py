@@ -15,19 +15,20 @@ COLLECTIVE = re.compile(
 def collectives(program: str) -> dict[str, tuple[int, int]]:
     """Returns how often each collective of an HLO program runs, and the bytes of its results on a device, loops counted."""
     times = defaultdict(lambda: 1, multiplicities(program))
-    # A TPU's compiler writes one collective into several computations, which share its channel.
-    channels: dict[tuple[str, str], tuple[int, int]] = {}
+    # A TPU's compiler writes one collective into several computations, a chain that shares its channel. Without a chain, those of a
+    # shard_map may have one channel, too, and are others.
+    every: dict[tuple[str, str], tuple[int, int]] = {}
     for computation, lines in computations(program):
         for line in lines:
             if match := COLLECTIVE.search(line):
                 sizes = [size_of(kind, dims) for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", match[1])]
                 if match[3] and match[2] != "all-reduce":  # A start's result holds what it was given, first.
                     sizes = sizes[1:2] if match[2] == "collective-permute" else sizes[len(sizes) // 2 :]
-                channel = re.search(r"channel_id=(\d+)", line)
-                name = channel[1] if channel else line
-                channels[match[2], name] = max(channels.get((match[2], name), (0, 0)), (times[computation], sum(sizes)))
+                chain = re.search(r"channel_id=(\d+).*chain_id=", line)
+                own = match[2], chain[1] if chain else f"{computation} {line}"
+                every[own] = max(every.get(own, (0, 0)), (times[computation], sum(sizes)))
     found: dict[str, tuple[int, int]] = {}
-    for (name, _), (count, size) in channels.items():
+    for (name, _), (count, size) in every.items():
         executions, total = found.get(name, (0, 0))
         found[name] = executions + count, total + size * count
     return found

@@ -100,10 +100,9 @@ def compiled(settings: config.Settings, mesh: Mesh, target: hardware.Target) -> 
         raise ValueError(f"finetune.method is {settings.finetune.method!r}; only training of all parameters is planned")
     optimizer = optim.make_optimizer(settings.optim, declaration, settings.run.steps)
     where = sharding.param_shardings(declaration, model.num_layers, mesh)
-    if data.batch_size % (rows := mesh.shape["data"] * mesh.shape["fsdp"]):
-        raise ValueError(
-            f"data.batch_size is {data.batch_size}; it must be a multiple of mesh.data x mesh.fsdp, {rows}"
-        )
+    sharding.check_batch(
+        mesh, data.batch_size, settings.optim.accumulate, settings.optim.segment or data.context_length
+    )
 
     def fresh(key):
         return train.init_train_state(
@@ -179,8 +178,8 @@ def smaller(settings: config.Settings, mesh: Mesh) -> Iterator[tuple[str, config
 def show(plan: Plan, settings: config.Settings, mesh: Mesh, target: hardware.Target, mfu: float) -> None:
     """Prints a plan."""
     model, data = settings.model, settings.data
-    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "one device"
-    print(f"{lm.count_params(model) / 1e9:.2f}B parameters ({model.architecture}) on {mesh.size} {target.kind}: {axes}")
+    where = f"{mesh.size} {target.kind}: {sharding.describe(mesh)}"
+    print(f"{lm.count_params(model) / 1e9:.2f}B parameters ({model.architecture}) on {where}")
     print(f"{data.batch_size} rows of {data.context_length} tokens a step; compiled in {plan.seconds:.0f} s\n")
     print("GiB a device:")
     for name in ("parameters", "optimiser", "other", "temporaries", "peak"):

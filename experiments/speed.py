@@ -2,19 +2,24 @@
 
 Every shape runs in a process of its own, so that peak memory is its own. A product of two 2048 x 2048 matrices, timed in the
 same process, gives the limit that the share refers to. `--compare` also trains a GPT-2 of equal size in torch, if torch is
-installed, in turns with ours, and prints the ratio. Timings on a shared machine vary by 10 to 25 %: compare ratios of one run.
+installed, in turns with ours, and prints the ratio. `--mesh fsdp=2,sequence=2` trains on a mesh too, after one device once more,
+and prints the ratio: on a CPU the devices are virtual and share its cores, so that it shows what cutting costs. Timings on a shared
+machine vary by 10 to 25 %: compare ratios of one run.
 """
 
 import argparse
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import platform
 import resource
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -66,6 +71,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("shapes", nargs="*", default=DEFAULT, metavar="SHAPE", help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--compare", action="store_true", help="train a GPT-2 of equal size in torch too")
+    parser.add_argument(
+        "--mesh",
+        action="append",
+        default=[],
+        metavar="AXIS=SIZE,...",
+        help="a mesh to train on too; may be given again",
+    )
     parser.add_argument("--json", type=Path, help="write results, versions and machine here")
     parser.add_argument("--worker", choices=[*WORK], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -73,8 +85,14 @@ def main() -> None:
     if unknown:
         parser.error(f"there is no shape {unknown[0]}; choose from {', '.join(SHAPES)}")
     if arguments.worker:
-        print(json.dumps(WORK[arguments.worker](SHAPES[arguments.shapes[0]])))
+        print(json.dumps(WORK[arguments.worker](SHAPES[arguments.shapes[0]], *map(mesh_sizes, arguments.mesh))))
         return
+    try:
+        cuts = {mesh: mesh_sizes(mesh) for mesh in arguments.mesh}
+    except ValueError as error:
+        parser.error(str(error))
+    if cuts and any(SHAPES[name].work != "train" for name in arguments.shapes):
+        parser.error("--mesh is for shapes that train")
     if arguments.compare and importlib.util.find_spec("torch") is None:
         parser.error("--compare needs torch: pip install torch --index-url https://download.pytorch.org/whl/cpu")
 
@@ -100,6 +118,13 @@ def main() -> None:
             print(
                 f"{'  GPT-2':16s} {peer['tokens_per_second']:9.0f} {'':8s} {'':9s} {peer['peak_mb']:8.0f}   RWKV/GPT-2 {ratio:.2f}"
             )
+        for mesh, sizes in cuts.items():
+            alone, cut = worker("rwkv", name), worker("rwkv", name, mesh, math.prod(sizes.values()))
+            results[name][mesh] = {"rwkv": cut, "one device": alone}
+            print(
+                f"{'  ' + mesh:30s} {cut['tokens_per_second']:9.0f} tokens/s, {cut['compile_s']:.1f} s to compile, "
+                f"{cut['tokens_per_second'] / alone['tokens_per_second']:.2f} of one device", flush=True,
+            )  # fmt: skip
     for one, other in RATIOS:
         if one in results and other in results:
             a, b = results[one]["rwkv"], results[other]["rwkv"]
@@ -114,21 +139,39 @@ def main() -> None:
         arguments.json.write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n")
 
 
-def worker(kind: str, name: str) -> dict[str, float]:
-    """Runs one measurement in a fresh process and returns its figures."""
-    command = [sys.executable, __file__, name, "--worker", kind]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+def mesh_sizes(text: str) -> dict[str, int]:
+    """Returns the sizes of a mesh's axes, of fsdp=2,sequence=2.
+
+    Raises:
+        ValueError: It is none.
+    """
+    from rwkv_jax.sharding import AXES
+
+    pairs = [part.partition("=") for part in text.split(",")]
+    if any(name not in AXES or not size.isdigit() for name, _, size in pairs):
+        raise ValueError(f"--mesh is {text!r}; it must be AXIS=SIZE,..., the axes being {', '.join(AXES)}")
+    return {name: int(size) for name, _, size in pairs}
+
+
+def worker(kind: str, name: str, mesh: str | None = None, num_devices: int = 1) -> dict[str, float]:
+    """Runs one measurement in a fresh process, on a mesh if one is given, and returns its figures."""
+    command, environment = [sys.executable, __file__, name, "--worker", kind], dict(os.environ)
+    if mesh is not None:
+        command += ["--mesh", mesh]
+        flags = os.environ.get("XLA_FLAGS", "")
+        environment["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={num_devices}"
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(shape: Shape) -> dict[str, float]:
-    """Returns the figures of our model at a shape."""
+def measure(shape: Shape, sizes: dict[str, int] | None = None) -> dict[str, float]:
+    """Returns the figures of our model at a shape, on a mesh of these sizes if it trains."""
     import jax
     import jax.numpy as jnp
     import numpy as np
 
     import rwkv_jax
-    from rwkv_jax import devices, generate, lm, optim, train
+    from rwkv_jax import devices, generate, lm, optim, sharding, train
     from rwkv_jax.models import ARCHITECTURES, module_of
 
     config = ARCHITECTURES[shape.architecture](
@@ -140,7 +183,10 @@ def measure(shape: Shape) -> dict[str, float]:
     state: Any
     if shape.work == "train":
         optimizer = optim.make_optimizer(optim.OptimConfig(), module_of(config).declare(config), 1000)
-        state = train.init_train_state(jax.random.key(0), config, optimizer)
+        mesh = sharding.make_mesh(replace(sharding.MeshConfig(data=1), **sizes)) if sizes else None
+        state = train.init_train_state(jax.random.key(0), config, optimizer, mesh=mesh)
+        if mesh is not None:
+            tokens = jax.device_put(tokens, jax.NamedSharding(mesh, sharding.spec("batch", None)))
         step = partial(
             train.train_step,
             config=config,
@@ -149,11 +195,14 @@ def measure(shape: Shape) -> dict[str, float]:
             backend=shape.backend,
             accumulate=shape.accumulate,
         )
-        lowered = jax.jit(step, donate_argnums=0).lower(state, tokens[:, :-1], tokens[:, 1:], None)
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        where = jax.tree.map(lambda x: x.sharding, state)
+        with nullcontext() if mesh is None else jax.set_mesh(mesh):
+            lowered = jax.jit(step, donate_argnums=0, out_shardings=(where, None)).lower(state, inputs, targets, None)
         compiled, compile_s = _compile(lowered)
 
         def call(carry: Any) -> Any:
-            return compiled(carry, tokens[:, :-1], tokens[:, 1:], None)[0]
+            return compiled(carry, inputs, targets, None)[0]
 
         cost *= 3
     elif shape.work == "prefill":

@@ -55,6 +55,7 @@ def main() -> None:
         mesh = sharding.make_mesh(settings.mesh)
         with jax.set_mesh(mesh):
             run(*starting_point(settings, config.given_fields(sys.argv[1:]), mesh), mesh)
+    # Of whatever kind it is: the other processes wait for this one, and would for ever. leave_after does not return.
     except Exception as error:
         if settings.mesh.coordinator is not None:
             distributed.leave_after(error)
@@ -77,9 +78,9 @@ def starting_point(settings: config.Settings, given: Collection[str], mesh: Mesh
         base, saved = checkpoint.load_base(folder, sharding.on(mesh)), config.load(folder / run_folder.CONFIG)
         model, commit = saved.model, commit or saved.finetune.init_commit
     else:
-        commit = commit or hub.commit_of(origin)
+        commit = commit or distributed.main_first(lambda: hub.commit_of(origin))  # It fetches a model that is not here.
         eps = getattr(settings.model, "ln_x_eps", None) if "model.ln_x_eps" in given else None
-        path = distributed.main_first(lambda: hub.at_commit(origin, commit))
+        path = hub.at_commit(origin, commit)
         base, model = rwkv_jax.load(path, dtype="float32", ln_x_eps=eps, sharding=sharding.on(mesh))
     finetune.check_tokenizer(settings.data.tokenizer, model, origin)
     model = finetune.resolve_model(settings.model, given, model, origin)
@@ -96,17 +97,19 @@ def run(settings: config.Settings, base: Any, mesh: Mesh) -> None:
     """
     model, data, run, tuning = settings.model, settings.data, settings.run, settings.finetune
     declaration, assemble = finetune.declare(tuning, model), finetune.assembler(tuning, model)
-    distributed.check_same(shared_by_processes(settings))
+    resumes, folder = checkpoint.is_checkpoint(run.folder), Path(run.folder)
+    distributed.check_same(shared_by_processes(settings) | {"whether run.folder has a checkpoint": resumes})
+    sharding.check_batch(
+        mesh, data.batch_size, settings.optim.accumulate, settings.optim.segment or data.context_length
+    )
     rows, is_main = distributed.rows_here(mesh, data.batch_size), distributed.is_main()
-    resumes = checkpoint.is_checkpoint(run.folder)
-    folder = Path(run.folder)
     if is_main:
         run_folder.claim(settings, resumes)
         run_folder.record(settings)
         print(config.to_toml(settings))
     streams = distributed.main_first(lambda: text.load_streams(settings.data))
     run_folder.check_vocabulary(streams.tokenizer, settings)
-    other = None if base is None else second_held_out(settings)
+    other = None if base is None else distributed.main_first(lambda: second_held_out(settings))
     for difference in run_log.record_environment(folder) if is_main else ():
         print(
             f"warning: the run was started elsewhere, and may not repeat bit for bit: {difference}",
@@ -212,7 +215,7 @@ def run(settings: config.Settings, base: Any, mesh: Mesh) -> None:
             if pending is not None:
                 finish(*pending)
             pending = (step, metrics)
-            stopping = stop.requested if jax.process_count() == 1 else stop.agreed(step)
+            stopping = stop.agreed(step)
             save = step % run.checkpoint_every == 0 or step == run.steps or stopping
             if save or step % run.validate_every == 0:
                 finish(*pending)
@@ -254,14 +257,14 @@ def describe(mesh: Mesh) -> str:
     kind = mesh.devices.flat[0].device_kind
     if mesh.size == 1:
         return kind
-    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
     processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    return f"{mesh.size} {kind} ({axes}){processes}"
+    return f"{mesh.size} {kind} ({sharding.describe(mesh)}){processes}"
 
 
 def peak_flops(mesh: Mesh, dtype: str) -> float | None:
     """Returns the peak FLOP/s of a mesh; the devices of a CPU share its cores."""
-    peak, device = devices.peak_flops(jax.local_devices()[0], dtype), jax.local_devices()[0]
+    device = jax.local_devices()[0]
+    peak = devices.peak_flops(device, dtype)
     return peak if peak is None or device.platform == "cpu" else peak * mesh.size
 
 
@@ -273,7 +276,9 @@ class StopSignal:
         self._before = {number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def agreed(self, step: int) -> bool:
-        """Returns whether a process of several has had one; True in all of them at the same step."""
+        """Returns whether any process has had one; True in all of them at the same step."""
+        if jax.process_count() == 1:
+            return self.requested
         return step % STEPS_BETWEEN_STOPS == 0 and distributed.any_process(self.requested)
 
     def release(self) -> None:

@@ -44,7 +44,7 @@ class RunConfig:
     backend: str | None = None
     """Of the WKV operator: scan, parallel, or none for the best on this device."""
     peak_tflops: float | None = None
-    """Peak of the device in 1e12 FLOP/s, for the model FLOP utilisation; none: published figure, or measured on CPU."""
+    """Peak of one device in 1e12 FLOP/s, for the model FLOP utilisation; none: published figure, or measured on CPU."""
     prompt: str = "\n"
     """What the sample at the end starts with."""
 
@@ -80,11 +80,6 @@ class Settings:
             raise ValueError(
                 f"data.context_length is {context}; it must be a multiple of optim.segment={segment} times "
                 f"optim.bptt={self.optim.bptt or 1}"
-            )
-        if segment % max(self.mesh.sequence, 1):
-            raise ValueError(
-                f"mesh.sequence is {self.mesh.sequence}; it must divide the {segment} tokens that a row has at once "
-                "(data.context_length or optim.segment)"
             )
         if self.finetune.method == "state" and window != context:
             raise ValueError(

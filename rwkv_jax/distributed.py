@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -52,7 +53,7 @@ def start(config: sharding.MeshConfig) -> None:
     except RuntimeError as error:
         raise ConnectionError(
             f"{where}: not all {config.num_processes or ''} processes came within mesh.timeout={config.timeout} s "
-            f"({str(error).splitlines()[0]})"
+            f"({str(error).partition(chr(10))[0]})"
         ) from error
 
 
@@ -97,23 +98,11 @@ def source_digest() -> str:
 
 def any_process(flag: bool) -> bool:
     """Returns whether the flag is set in any process; all must call this at the same step."""
-    if jax.process_count() == 1:
-        return flag
     return bool(np.asarray(multihost_utils.process_allgather(np.asarray(flag))).any())
 
 
 def rows_here(mesh: Mesh, batch_size: int) -> np.ndarray:
-    """Returns which rows of a batch the devices of this process need, ascending.
-
-    Raises:
-        ValueError: The mesh does not divide the batch.
-    """
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch_size % parts:
-        raise ValueError(
-            f"data.batch_size is {batch_size}; it must be a multiple of mesh.data x mesh.fsdp, {mesh.shape['data']} x "
-            f"{mesh.shape['fsdp']}"
-        )
+    """Returns which rows of a batch the devices of this process need, ascending."""
     where = NamedSharding(mesh, sharding.spec("batch")).addressable_devices_indices_map((batch_size,))
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in where.values() if index is not None]))
 
@@ -125,8 +114,7 @@ def place(batch: T, mesh: Mesh, rows: np.ndarray, batch_size: int) -> T:
 
     def one(x: np.ndarray) -> jax.Array:
         def part(index):
-            wanted = np.arange(batch_size)[index[0]]
-            return x[np.searchsorted(rows, wanted)][:, *index[1:]] if x.ndim > 1 else x[np.searchsorted(rows, wanted)]
+            return x[np.searchsorted(rows, np.arange(batch_size)[index[0]])]
 
         where = NamedSharding(mesh, sharding.spec("batch", *[None] * (x.ndim - 1)))
         return jax.make_array_from_callback((batch_size, *x.shape[1:]), where, part)
@@ -136,6 +124,7 @@ def place(batch: T, mesh: Mesh, rows: np.ndarray, batch_size: int) -> T:
 
 def leave_after(error: BaseException) -> None:
     """Ends this process at once after an error of a run of several: what the others wait for will not come, and they must not hang."""
+    traceback.print_exception(error)
     print(f"process {jax.process_index()} of {jax.process_count()} stops: {error}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(1)
@@ -148,8 +137,6 @@ def _barrier(name: str) -> None:
 
 def _wait_for(coordinator: str, seconds: int) -> None:
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit():
-        raise ValueError(f"mesh.coordinator is {coordinator!r}; it must be HOST:PORT of process 0")
     end = time.monotonic() + seconds
     while True:
         try:

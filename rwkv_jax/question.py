@@ -99,11 +99,8 @@ def answer(
     Raises:
         ValueError: The choices are fewer than two, empty or equal, or the tokenizer is not the model's.
     """
-    question = [Question(text, choices, separator=separator)]
-    (found,) = answer_all(
-        params, config, tokenizer, question, normalise=normalise, first_token=first_token, start=start
-    )
-    return found
+    one = [Question(text, choices, separator=separator)]
+    return answer_all(params, config, tokenizer, one, normalise=normalise, first_token=first_token, start=start)[0]
 
 
 def fill_blank(
@@ -120,26 +117,16 @@ def fill_blank(
 ) -> Answer:
     """Returns the index of the choice that most likely fills a blank, and the scores of all: of the choice and the rest after it.
 
-    Args:
-        params: The model's.
-        config: The model's.
-        tokenizer: The model's.
+    Args, but for these: as in `answer`.
         text: With one blank, such as "The _ sat".
-        choices: At least two, all different.
-        normalise: How the scores of choices are made comparable; the rest after the blank counts in, as tokens and bytes too.
-        first_token: What stands before the text.
+        normalise: The rest after the blank counts in, as tokens and bytes too.
         blank: What marks the blank.
-        start: The state of one row that the text starts from; None is the zero state.
 
     Raises:
-        ValueError: The text has no blank or several, the choices are fewer than two, empty or equal, or the tokenizer is not the
-            model's.
+        ValueError: As in `answer`, or the text has no blank or several.
     """
-    question = [Question(text, choices, blank=blank)]
-    (found,) = answer_all(
-        params, config, tokenizer, question, normalise=normalise, first_token=first_token, start=start
-    )
-    return found
+    one = [Question(text, choices, blank=blank)]
+    return answer_all(params, config, tokenizer, one, normalise=normalise, first_token=first_token, start=start)[0]
 
 
 def answer_all(

@@ -5,6 +5,7 @@ says in a few places of the model how activations lie. Without a mesh in use (`j
 """
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -69,6 +70,8 @@ class MeshConfig:
                 raise ValueError(f"mesh.{name} is {size}; it must be at least 1, or -1 for the devices that are left")
         if sum(size == -1 for size in sizes.values()) > 1:
             raise ValueError(f"mesh has {sizes}; only one axis can be -1")
+        if self.coordinator not in (None, "auto") and not re.fullmatch(r".+:\d+", self.coordinator):
+            raise ValueError(f"mesh.coordinator is {self.coordinator!r}; it must be HOST:PORT of process 0, or auto")
         given = (self.coordinator not in (None, "auto"), self.num_processes is not None, self.process_id is not None)
         if len(set(given)) > 1:
             raise ValueError(
@@ -114,6 +117,29 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if len(slices) > 1:
         return Mesh(_over_slices(devices, sizes, len(slices)), AXES, axis_types=types)
     return jax.make_mesh(shape, AXES, devices=devices, axis_types=types)
+
+
+def describe(mesh: Mesh | AbstractMesh) -> str:
+    """Returns the axes of a mesh that cut something, such as "fsdp 4 x sequence 2"."""
+    return " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "one device"
+
+
+def check_batch(mesh: Mesh | AbstractMesh, batch_size: int, accumulate: int, num_tokens: int) -> None:
+    """Raises ValueError unless the mesh divides each of the `accumulate` parts of a batch, and the tokens that a row has at once.
+
+    Whether `accumulate` divides the batch is for `train_step` to say.
+    """
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % accumulate == 0 and batch_size // accumulate % parts:
+        raise ValueError(
+            f"data.batch_size is {batch_size}; it must be a multiple of mesh.data x mesh.fsdp x optim.accumulate, "
+            f"{mesh.shape['data']} x {mesh.shape['fsdp']} x {accumulate}"
+        )
+    if num_tokens % mesh.shape["sequence"]:
+        raise ValueError(
+            f"mesh.sequence is {mesh.shape['sequence']}; it must divide the {num_tokens} tokens that a row has at once "
+            "(data.context_length or optim.segment)"
+        )
 
 
 def _over_slices(devices: list[Any], sizes: dict[str, int], slices: int) -> np.ndarray:

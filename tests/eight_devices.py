@@ -4,7 +4,6 @@
 """
 
 import json
-import re
 import sys
 from functools import partial
 
@@ -15,6 +14,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 import rwkv_jax
+from experiments.hlo import collectives
 from rwkv_jax import generate, sharding, train
 from rwkv_jax.models import module_of
 from rwkv_jax.text import get_tokenizer
@@ -35,13 +35,12 @@ MESHES = {
     "sequence": {"data": 1, "sequence": 8},
     "mixed": {"data": 1, "fsdp": 2, "tensor": 2, "sequence": 2},
 }
-COLLECTIVES = r"\b(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
 ROWS, TOKENS, STEPS = 8, 32, 20
 
 
 def run(config, batches, mesh):
-    """Returns the first gradient, the losses of all steps, and the compiled step's collectives with their count."""
-    optimizer = optax.chain(optax.trace(decay=0), optax.adam(1e-2, eps=1e-8))  # The trace holds the gradient.
+    """Returns the first gradient, the losses of all steps, and the compiled step's collectives: executions and bytes."""
+    optimizer = optax.chain(optax.trace(decay=0), optax.adam(3e-3, eps=1e-8))  # The trace holds the gradient.
     declaration = module_of(config).declare(config)
     state = train.init_train_state(jax.random.key(0), config, optimizer, mesh=mesh, declaration=declaration)
     step = partial(train.train_step, config=config, optimizer=optimizer, l2wrap=1e-4, accumulate=1, loss_chunk=5)
@@ -52,8 +51,7 @@ def run(config, batches, mesh):
         state, metrics = compiled(state, *on_mesh(mesh, *batch))
         losses.append(float(metrics.loss))
         gradient = gradient or jax.tree.map(np.asarray, state.opt_state[0].trace)
-    found = re.findall(COLLECTIVES, compiled.as_text())
-    return gradient, losses, {name: found.count(name) for name in set(found)}
+    return gradient, losses, collectives(compiled.as_text())
 
 
 def on_mesh(mesh, *arrays):
@@ -88,7 +86,7 @@ def main(name, *meshes):
     for kind in meshes or MESHES:
         mesh = sharding.make_mesh(sharding.MeshConfig(**MESHES[kind]))
         with jax.set_mesh(mesh):
-            gradient, losses, collectives = run(config, batches, mesh)
+            gradient, losses, exchanged = run(config, batches, mesh)
             where = sharding.param_shardings(module_of(config).declare(config), config.num_layers, mesh)
             own_text = greedy(config, jax.device_put(params, where))
         difference = jax.tree.map(np.subtract, gradient, reference[0])
@@ -97,7 +95,7 @@ def main(name, *meshes):
             "loss": max(abs(a - b) for a, b in zip(losses, reference[1], strict=True)),
             "learned": reference[1][0] - losses[-1],
             "same text": own_text == text,
-            "collectives": collectives,
+            "collectives": exchanged,
         }
     print(json.dumps(found))
 

@@ -134,6 +134,7 @@ def test_an_unknown_target_is_refused_with_those_there_are(model):
         finetune.declare(replace(LORA, lora_targets=("key", "query")), model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [LORA, STATE], ids=["lora", "state"])
 def test_a_step_moves_what_is_trained_by_its_own_gradient(model, base, method):
     start, assemble = trained(method, model, base), finetune.assembler(method, model)

@@ -1,6 +1,5 @@
 """The training script as a user runs it: to the end, again, killed, stopped, and with bad input."""
 
-import json
 import random
 import shutil
 import signal
@@ -9,9 +8,7 @@ import sys
 import time
 
 import pytest
-from scripts import COMPILING, ROOT, losses, rows
-
-STEPS = 40
+from scripts import COMPILING, ROOT, STEPS, command, losses, rows
 
 
 @pytest.fixture(scope="session")
@@ -23,36 +20,6 @@ def corpus(tmp_path_factory):
     for i in range(60):
         (folder / f"{i:02d}.txt").write_text(" ".join(rng.choice(words) for _ in range(80)) + ".\n")
     return folder
-
-
-def command(corpus, folder, *overrides):
-    config = folder.parent / "tiny.toml"
-    config.write_text(
-        f"""
-[model]
-vocab_size = 256
-num_layers = 2
-embed_dim = 16
-[data]
-source = "text"
-path = {json.dumps(str(corpus))}
-validation_fraction = 0.2
-cache_dir = {json.dumps(str(folder.parent / "cache"))}
-context_length = 32
-batch_size = 4
-documents = "packed"
-[optim]
-lr = 1e-2
-lr_final = 1e-3
-[run]
-folder = {json.dumps(str(folder))}
-steps = {STEPS}
-validate_every = 10
-checkpoint_every = 5
-peak_tflops = 1.0
-"""
-    )
-    return [sys.executable, str(ROOT / "experiments/train.py"), "--cfg", str(config), *overrides]
 
 
 def train(corpus, folder, *overrides, env=None):

@@ -1,11 +1,12 @@
 """Which backend is chosen where, and what is said of the others."""
 
 import sys
+from functools import partial
 
 import jax
 import numpy as np
 import pytest
-from rwkv_kernels import dispatch, explain_wkv7
+from rwkv_kernels import dispatch, explain_wkv7, wkv7
 from rwkv_kernels.dispatch import Call
 from rwkv_kernels.wkv7.api import BACKENDS
 
@@ -44,9 +45,9 @@ def test_the_best_backend_is_chosen(call, name):
         ("mosaic_gpu", Call("gpu"), "9.0 (Hopper) to 11, and that of the one in use is not known"),
         ("mosaic_gpu", Call("gpu", 12.0), "this one has 12.0"),
         ("mosaic_gpu", Call("gpu", 9.0, 192), "a head has 192 channels; this kernel holds at most 128"),
-        ("mosaic_gpu", Call("gpu", 9.0, 64, 64, "float64"), "float32, and these are float64"),
+        ("mosaic_gpu", Call("gpu", 9.0, 64, 64, "float64"), "float32, and an input is float64"),
         ("pallas_tpu", Call("gpu", 8.0), "pallas_tpu: needs a TPU, and the device in use is a gpu"),
-        ("pallas_tpu", Call("tpu", None, 64, 64, "float64"), "bfloat16 or float32, and these are float64"),
+        ("pallas_tpu", Call("tpu", None, 64, 64, "float64"), "bfloat16 or float32, and an input is float64"),
         ("pallas_tpu_interpreted", Call("cpu", None, 512), "512 channels"),
     ],
 )
@@ -75,6 +76,15 @@ def test_what_is_compiled_for_counts_and_not_what_is_here(platform, expected):
     assert dispatch.here().platform == "cpu"
     with jax.sharding.use_abstract_mesh(abstract):
         assert dispatch.here(64, 32) == Call(expected, None, 64, 32)
+
+
+def test_a_float64_state_of_float32_tokens_is_refused_by_name_where_it_cannot_be_held(x64):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("x",))
+    tpu = jax.sharding.AbstractDevice("some device", 1, "tpu")
+    tokens, state = jax.ShapeDtypeStruct((1, 32, 1, 16), "float32"), jax.ShapeDtypeStruct((1, 1, 16, 16), "float64")
+    abstract = jax.sharding.AbstractMesh((1,), ("x",), axis_types=mesh.axis_types, abstract_device=tpu)
+    with jax.sharding.use_abstract_mesh(abstract), pytest.raises(ValueError, match="and an input is float64"):
+        jax.eval_shape(partial(wkv7, backend="pallas_tpu"), *[tokens] * 6, state)
 
 
 def test_explain_says_what_runs_and_why_the_rest_does_not():

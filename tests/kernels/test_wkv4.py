@@ -14,6 +14,7 @@ from rwkv_kernels.wkv4.api import BACKENDS
 from rwkv_kernels.wkv4.parallel import chunk_length
 
 HERE, FAST = on_this_device(BACKENDS), beside_the_oracle(BACKENDS)
+SLOWLY = [pytest.param(b, marks=pytest.mark.slow) if "pallas" in b else b for b in HERE]
 
 
 @partial(jax.jit, static_argnames="backend")
@@ -96,7 +97,7 @@ def test_future_tokens_do_not_change_past_outputs(backend):
     assert not np.allclose(y[:, 25:], changed[:, 25:])
 
 
-@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("backend", SLOWLY)
 def test_padding_past_length_has_no_effect_and_no_gradient(backend):
     inputs = cases.make(cases.Case(batch_size=2, num_tokens=30))
     k, v, w, u = (jnp.asarray(x, jnp.float32) for x in (inputs.k, inputs.v, inputs.w, inputs.u))
@@ -114,7 +115,7 @@ def test_padding_past_length_has_no_effect_and_no_gradient(backend):
     np.testing.assert_array_equal(gv, clean_v)
 
 
-@pytest.mark.parametrize("backend", [pytest.param(b, marks=pytest.mark.slow) if "pallas" in b else b for b in HERE])
+@pytest.mark.parametrize("backend", SLOWLY)
 def test_vmap_over_every_argument_equals_a_loop(backend):
     problems = [cases.make(cases.CASES["lengths_and_resets"], seed) for seed in range(3)]
 

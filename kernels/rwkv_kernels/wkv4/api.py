@@ -69,7 +69,7 @@ def wkv4(
     if length is not None:  # Padding may hold anything, and 0 * inf would reach gradients.
         valid = jnp.arange(num_tokens)[:, None] < length[:, None, None]
         k, v = jnp.where(valid, k, 0), jnp.where(valid, v, 0)
-    run = dispatch.choose("wkv4", BACKENDS, backend, dispatch.here(0, num_tokens, k.dtype.name)).run
+    run = dispatch.choose("wkv4", BACKENDS, backend, dispatch.here(0, num_tokens, dispatch.widest(k.dtype, dtype))).run
     w, u, state = jax.tree.map(lambda x: x.astype(dtype), (w, u, state))
     y, new = run(k, v, w, u, state, reset, length)
     return y.astype(v.dtype), new
