@@ -6,8 +6,8 @@ import sys
 import pytest
 from rwkv_kernels import compile_report, hardware
 
-SPILLS = {("wkv7", "mosaic_gpu"): 64}
-"""Bytes a thread may spill with heads of 64, where that is not none; kernels/README.md has what it spills."""
+SPILLS = {("wkv7", "pallas_gpu", 128): 32, ("wkv7", "mosaic_gpu", 64): 64, ("wkv7", "mosaic_gpu", 128): 4608}
+"""Bytes a thread may spill, by op, backend and head, where that is not none; kernels/README.md has what it spills."""
 
 
 @pytest.mark.aot
@@ -20,8 +20,8 @@ def test_all_kernels_of_an_op_compile(case, monkeypatch):
     apart = case.backend == "pallas_gpu" and case.op != "wkv4"
     kernels = ["forward", *(["backward_state", "backward_chunks"] if apart else ["backward"])]
     assert [row["kernel"] for row in rows] == [f"{case.op}_{kernel}" for kernel in kernels]
-    if case.target in hardware.GPUS and case.head_dim == 64:
-        assert all(row["spilled_bytes"] <= SPILLS.get((case.op, case.backend), 0) for row in rows)
+    if case.target in hardware.GPUS:
+        assert all(row["spilled_bytes"] <= SPILLS.get((case.op, case.backend, case.head_dim), 0) for row in rows)
 
 
 SHARDED = """
