@@ -79,13 +79,18 @@ def heads_fit(kernels_for: str, call: Call) -> str | None:
     return None
 
 
-def triton_gpu(call: Call) -> str | None:
-    """The `why_not` of Pallas kernels that Triton compiles."""
+def ampere(call: Call) -> str | None:
+    """Returns why the device is no GPU that Triton compiles for, or None where it is one."""
     if call.platform != "gpu":
         return f"needs a GPU, and the device in use is a {call.platform}"
     if call.capability is not None and call.capability < 8:
         return f"needs an NVIDIA GPU of compute capability 8.0 (Ampere) or later; this one has {call.capability}"
-    return _cannot_import("jax.experimental.pallas.triton") or heads_fit("gpu", call)
+    return None
+
+
+def triton_gpu(call: Call) -> str | None:
+    """The `why_not` of Pallas kernels that Triton compiles."""
+    return ampere(call) or _cannot_import("jax.experimental.pallas.triton") or heads_fit("gpu", call)
 
 
 def mosaic_gpu(call: Call) -> str | None:

@@ -14,6 +14,7 @@ from rwkv_kernels.wkv4.api import BACKENDS
 from rwkv_kernels.wkv4.parallel import chunk_length
 
 HERE, FAST = on_this_device(BACKENDS), beside_the_oracle(BACKENDS)
+IN_FLOAT64 = on_this_device(BACKENDS, jnp.float64)
 SLOWLY = [pytest.param(b, marks=pytest.mark.slow) if "pallas" in b else b for b in HERE]
 
 
@@ -56,7 +57,8 @@ def test_backend_equals_scan_in_outputs_and_all_gradients(name, backend, dtypes,
 @pytest.mark.parametrize("backend", FAST)
 def test_extreme_keys_stay_finite_and_no_less_exact_than_the_scan(backend, x64):
     inputs = bfloat16_exact(cases.make(cases.EXTREME_KEYS))
-    check(cases.EXTREME_KEYS, backend, [jnp.float64])
+    if backend in IN_FLOAT64:
+        check(cases.EXTREME_KEYS, backend, [jnp.float64])
     exact, scan, actual = (
         run(inputs, d, b) for d, b in ((jnp.float64, "scan"), (jnp.float32, "scan"), (jnp.float32, backend))
     )
@@ -75,7 +77,7 @@ def test_mosaic_gpu_equals_scan_over_two_chunks(x64):
     check(cases.Case(num_tokens=11, reset="random", ragged=True), SLOWEST, [jnp.float64])
 
 
-@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("backend", IN_FLOAT64)
 def test_output_is_the_papers_weighted_mean(backend, x64):
     inputs = cases.make(cases.Case(batch_size=1, num_tokens=20, embed_dim=4, time_decay=(-3, 1), carried=False))
     k, v, w, u = inputs.k[0], inputs.v[0], inputs.w, inputs.u

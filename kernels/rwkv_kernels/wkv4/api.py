@@ -6,6 +6,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .. import dispatch
 from ..pallas import kernel_backends
+from ..triton_gpu import backend as triton_backend
 from .chunk import kernel
 from .parallel import parallel
 from .reference import EMPTY, WKV4State, scan
@@ -13,6 +14,7 @@ from .reference import EMPTY, WKV4State, scan
 _COMPILED, _INTERPRETED = kernel_backends(kernel, mosaic=True)
 BACKENDS = {
     **_COMPILED,
+    "triton": triton_backend("wkv4", kernel),
     "parallel": dispatch.Backend(parallel, dispatch.anything),
     "scan": dispatch.Backend(scan, dispatch.anything),
     **_INTERPRETED,

@@ -5,6 +5,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .. import dispatch
 from ..pallas import kernel_backends
+from ..triton_gpu import backend as triton_backend
 from .chunk import kernel
 from .parallel import parallel
 from .reference import scan
@@ -12,6 +13,7 @@ from .reference import scan
 _COMPILED, _INTERPRETED = kernel_backends(kernel, mosaic=True)
 BACKENDS = {
     **_COMPILED,
+    "triton": triton_backend("wkv7", kernel),
     "parallel": dispatch.Backend(parallel, dispatch.anything),
     "scan": dispatch.Backend(scan, dispatch.anything),
     **_INTERPRETED,
