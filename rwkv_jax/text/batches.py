@@ -164,7 +164,7 @@ def shuffled_batches(
     return _read_ahead(grain.MapDataset.source(_RowsOfBatches(shuffled, batch_size, every)))
 
 
-def _read_ahead(dataset: Any) -> grain.DatasetIterator[Any]:
+def _read_ahead(dataset: Any) -> Any:
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
 

@@ -103,9 +103,7 @@ class JsonLines:
         for file, number, value in self._lines():
             if not isinstance(value, dict) or not isinstance(value.get(self._key), str):
                 found = ", ".join(value) if isinstance(value, dict) else type(value).__name__
-                raise ValueError(
-                    f"{file}:{number}: no text under data.text_key={self._key!r}; the line has {found}"
-                )
+                raise ValueError(f"{file}:{number}: no text under data.text_key={self._key!r}; the line has {found}")
             yield Document(f"{file.name}:{number}", value[self._key])
 
     def records(self) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -290,11 +288,10 @@ def split(corpus: Corpus, fraction: float) -> tuple[Corpus, Corpus]:
     def held_out(name: str) -> bool:
         return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) < fraction * 2**64
 
-    part = PartOfTable if isinstance(corpus, Table) else Part
-    return (
-        part(corpus, lambda name: not held_out(name), f"train-{fraction}"),
-        part(corpus, held_out, f"validation-{fraction}"),
-    )
+    training, validation = f"train-{fraction}", f"validation-{fraction}"
+    if isinstance(corpus, Table):
+        return PartOfTable(corpus, lambda name: not held_out(name), training), PartOfTable(corpus, held_out, validation)
+    return Part(corpus, lambda name: not held_out(name), training), Part(corpus, held_out, validation)
 
 
 def _find(path: str, suffixes: tuple[str, ...]) -> list[Path]:

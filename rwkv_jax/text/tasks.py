@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -38,7 +38,9 @@ class QuestionsConfig:
         if self.task is not None and self.task not in TASKS and self.task != BLANKS:
             known = [BLANKS, *TASKS]
             nearest = difflib.get_close_matches(self.task, known, n=3, cutoff=0.3) or known
-            raise ValueError(f"questions.task is {self.task!r}; there is none of that name, the nearest: {', '.join(nearest)}")
+            raise ValueError(
+                f"questions.task is {self.task!r}; there is none of that name, the nearest: {', '.join(nearest)}"
+            )
         for name in ("training_items", "held_out_items"):
             value = getattr(self, name)
             if value is not None and value < 1:
