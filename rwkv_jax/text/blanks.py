@@ -13,7 +13,7 @@ MARK = "<blank>"
 NUM_CHOICES = 4
 LINES_AROUND = 8
 """Lines before and after the blank's own that choices are drawn from."""
-_WORD = re.compile(r"[^\W\d]\w{2,}")
+_WORD = re.compile(r"\b[^\W\d]\w{2,}")
 """Identifiers and words, of at least three letters: shorter ones are mostly names of loops and operators."""
 
 

@@ -86,7 +86,9 @@ def load_questions(config: QuestionsConfig, data: DataConfig) -> Sides:
             for side, limit in zip(sides, limits, strict=True)
         )
     else:
-        training, held_out = (_read(config.task, side) for side in load_corpora(_completed(config, data)))
+        assert config.task is not None
+        tables = load_corpora(_completed(config, data))
+        training, held_out = (read_items(config.task, table) for table in tables)
         training = _draw(training, config.training_items, config.seed)
         held_out = _draw(held_out, config.held_out_items, config.seed)
     for name, side in (("to train on", training), ("held out", held_out)):
@@ -119,18 +121,23 @@ def _completed(config: QuestionsConfig, data: DataConfig) -> DataConfig:
     return data
 
 
-def _read(name: str | None, side: corpora.Corpus) -> list[Item]:
-    assert name is not None and isinstance(side, corpora.Table)
+def read_items(task: str, table: corpora.Corpus) -> list[Item]:
+    """Returns the questions in the records of a published task.
+
+    Raises:
+        ValueError: A record is not such a question; it is named.
+    """
+    assert isinstance(table, corpora.Table)
     items = []
-    for where, record in side.records():
+    for where, record in table.records():
         try:
-            items.append(Item(where, TASKS[name].read(_decoded(record))))
+            items.append(Item(where, TASKS[task].read(_decoded(record))))
         except KeyError as error:
             raise ValueError(
-                f"{where}: not a question of {name}: no field {error}; it has {', '.join(record)}"
+                f"{where}: not a question of {task}: no field {error}; it has {', '.join(record)}"
             ) from None
         except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{where}: not a question of {name}: {error}") from None
+            raise ValueError(f"{where}: not a question of {task}: {error}") from None
     return items
 
 
@@ -170,13 +177,14 @@ def _arc(record: Mapping[str, Any]) -> Question:
         raise KeyError("choices")
     if "gold" in record:
         return _with_gold(_asked(question), choices, record["gold"])
+    answer = record["answerKey"]
     if isinstance(choices, dict):
         texts, labels = choices["text"], choices["label"]
     else:
         texts, labels = ([choice[key] for choice in choices] for key in ("text", "label"))
-    if record["answerKey"] not in labels:
-        raise ValueError(f"answerKey is {record['answerKey']!r}; it must be one of the labels {labels}")
-    return _with_gold(_asked(question), texts, labels.index(record["answerKey"]))
+    if answer not in labels:
+        raise ValueError(f"answerKey is {answer!r}; it must be one of the labels {labels}")
+    return _with_gold(_asked(question), texts, labels.index(answer))
 
 
 def _piqa(record: Mapping[str, Any]) -> Question:
@@ -191,8 +199,7 @@ def _winogrande(record: Mapping[str, Any]) -> Question:
 
 def _sciq(record: Mapping[str, Any]) -> Question:
     choices = [record[name] for name in ("distractor1", "distractor2", "distractor3", "correct_answer")]
-    support = record.get("support", "")
-    return _with_gold(f"{support}\n{_asked(record['question'])}".lstrip(), choices, 3)
+    return _with_gold(f"{record.get('support', '').lstrip()}\n{_asked(record['question'])}", choices, 3)
 
 
 def _lambada(record: Mapping[str, Any]) -> Completion:
