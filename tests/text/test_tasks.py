@@ -13,6 +13,7 @@ from rwkv_jax.text.blanks import LINES_AROUND, MARK, make_blanks
 from rwkv_jax.text.corpora import Document, split, text_files
 from rwkv_jax.text.questions import Item, Question
 from rwkv_jax.text.tasks import QuestionsConfig, load_questions, read_items
+from rwkv_jax.text.tokenizers import ByteTokenizer
 
 BYTES = get_tokenizer("bytes")
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta1", "theta"]
@@ -238,7 +239,7 @@ def test_questions_that_cannot_be_learned_are_refused():
 
 
 def test_choices_that_are_the_same_tokens_are_refused():
-    class Lower(type(BYTES)):
+    class Lower(ByteTokenizer):
         def encode(self, text):
             return super().encode(text.lower())
 
