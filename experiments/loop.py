@@ -152,7 +152,7 @@ def run(settings: config.Settings, base: Any, mesh: Mesh, prepare: Prepare) -> N
     if (restored := checkpoints.restore(state, settings)) is not None:
         if restored.data_state["text"] != work.identity:
             raise ValueError(
-                f"what is learned from is not what the run in {folder} began with; put it back, or use another --run.folder"
+                f"the training text is not the one that the run in {folder} began with; put it back, or use another --run.folder"
             )
         state = restored.train_state
         work.batches.set_state(restored.data_state["position"])

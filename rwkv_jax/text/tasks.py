@@ -203,6 +203,7 @@ def _sciq(record: Mapping[str, Any]) -> Question:
 
 
 def _lambada(record: Mapping[str, Any]) -> Completion:
+    """The last word, without choices: a model is right, as in published figures, if its every token is the likeliest."""
     text = record["text"] if "text" in record else record["passage"]
     before, space, word = text.rstrip().rpartition(" ")
     if not before:
