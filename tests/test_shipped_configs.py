@@ -42,7 +42,7 @@ def read(monkeypatch):
     def read(name):
         monkeypatch.chdir(ROOT)
         text = Path("experiments", "configs", name).read_text(encoding="utf-8")
-        command = re.search(r"^# +python experiments/train\.py (.*)$", text, re.MULTILINE)
+        command = re.search(r"^# +python experiments/(?:train|finetune_qa)\.py (.*)$", text, re.MULTILINE)
         assert command, "the config does not say how to run it"
         arguments = shlex.split(command[1])
         assert arguments[:2] == ["--cfg", f"experiments/configs/{name}"]
