@@ -56,6 +56,8 @@ class LengthsConfig:
     """Width of the residual stream."""
     positions: int = 4096
     """Tokens read of every held-out document that has as many; a multiple of every trained length."""
+    documents: int = 16
+    """At most so many are read, the first ones."""
     piece: int = 256
     """Tokens read at once, the state going on; positions is a multiple."""
     shown: int = 128
@@ -90,8 +92,8 @@ class Settings:
             )
 
 
-def documents(stream: TokenStream, positions: int) -> np.ndarray:
-    """Returns the first positions + 1 tokens of every document that has as many, [documents, positions + 1].
+def documents(stream: TokenStream, positions: int, most: int) -> np.ndarray:
+    """Returns the first positions + 1 tokens of documents that have as many, `most` at most, [documents, positions + 1].
 
     Raises:
         ValueError: There is none.
@@ -100,7 +102,7 @@ def documents(stream: TokenStream, positions: int) -> np.ndarray:
     long = starts[np.diff(np.append(starts, len(stream.tokens))) > positions]
     if not len(long):
         raise ValueError(f"no held-out document has more than lengths.positions={positions} tokens; take fewer")
-    return np.stack([stream.tokens[start : start + positions + 1] for start in long]).astype(np.int32)
+    return np.stack([stream.tokens[start : start + positions + 1] for start in long[:most]]).astype(np.int32)
 
 
 @partial(jax.jit, static_argnums=1)
@@ -189,9 +191,9 @@ def run(settings: Settings) -> None:
     done = train_all(study, list(cells.values()))
 
     held_out = load_streams(data).validation
-    tokens = documents(held_out, lengths.positions)
+    tokens = documents(held_out, lengths.positions, lengths.documents)
     bits_per_nat = float(len(held_out.tokens) / held_out.num_bytes / np.log(2))
-    reading = {"positions": lengths.positions, "piece": lengths.piece, "text": held_out.identity}
+    reading = {"positions": lengths.positions, "piece": lengths.piece, "documents": len(tokens), "text": held_out.identity}
     readers = {
         key: Cell(f"read-{lengths.positions}-{cell.name}", {"run": cell.settings, "reading": reading})
         for key, cell in cells.items()

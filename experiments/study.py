@@ -1,11 +1,12 @@
 """What the studies share: settings, cells that are computed once, spread over seeds, the verdict, tables, plots and the record.
 
 A study is a list of cells. Each is computed once, by whatever its study calls for, and kept as FOLDER/cells/NAME.json; the same
-command again computes those that are missing. What the study finds goes into PREFIX.json, and its plot into PREFIX.png.
+command again computes those that are missing. What the study finds goes into PREFIX.json, and its plot into PREFIX.png. Studies that share a folder share cells.
 """
 
 import argparse
 import fcntl
+import inspect
 import json
 import math
 import shlex
@@ -36,7 +37,7 @@ class StudyConfig:
     folder: str = "runs/study"
     """Where finished cells are kept; started again with the same config, the study goes on from there."""
     results: str | None = None
-    """Where the record goes: this with .json and .png; none: FOLDER/results."""
+    """Where the record goes: this with .json and .png; none: FOLDER/STUDY, such as runs/study/scaling."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of each cell that is repeated."""
     confidence: float = 0.95
@@ -265,11 +266,11 @@ def record(study: StudyConfig, settings: Any, cells: Mapping[str, Finished], fin
 
     Args:
         study: Says where.
-        settings: Of the whole study, a dataclass.
+        settings: Of the whole study, a dataclass of the study's own file, whose name the record has by default.
         cells: Their results are all in the record.
         findings: What follows from them: numbers, tables and verdicts.
     """
-    prefix = Path(study.results or Path(study.folder, "results"))
+    prefix = Path(study.results or Path(study.folder, Path(inspect.getfile(type(settings))).stem))
     environments: list[Mapping[str, str]] = []
     for cell in cells.values():
         if cell.environment not in environments:
