@@ -2,8 +2,8 @@
 
 `python experiments/context.py --cfg experiments/configs/context_study.toml`
 
-Every step has as many tokens at every length, in fewer rows where they are longer. After training, long held-out documents are read from
-their start in three ways, over the same tokens:
+Every step has as many tokens at every length, in fewer rows where they are longer. After training, long held-out documents are
+read from their start in three ways, over the same tokens:
 
 carried   the state goes on past the trained length. A transformer's state is its window, the last tokens of the trained length.
 cleared   the state is emptied after every trained length, so that nothing older is known.
@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from study import (
     NAMES,
@@ -117,7 +118,7 @@ def read(params: Any, model: Config, tokens: np.ndarray, piece: int) -> np.ndarr
     state, found = rwkv_jax.init_state(model, len(tokens)), []
     for start in range(0, tokens.shape[1] - 1, piece):
         part = tokens[:, start : start + piece + 1]
-        nats, state = losses_and_state(params, model, part[:, :-1], part[:, 1:], state)
+        nats, state = losses_and_state(params, model, *map(jnp.asarray, (part[:, :-1], part[:, 1:])), state)
         found.append(np.asarray(nats, np.float64))
     return np.concatenate(found, axis=1)
 
@@ -125,7 +126,7 @@ def read(params: Any, model: Config, tokens: np.ndarray, piece: int) -> np.ndarr
 def read_cleared(params: Any, model: Config, tokens: np.ndarray, length: int) -> np.ndarray:
     """Returns the nats [B, T] of tokens [B, T + 1] after the first, read `length` at a time, each from the zero state."""
     rows, end = len(tokens), tokens.shape[1] - 1
-    inputs, targets = (side.reshape(-1, length) for side in (tokens[:, :-1], tokens[:, 1:]))
+    inputs, targets = (jnp.asarray(side.reshape(-1, length)) for side in (tokens[:, :-1], tokens[:, 1:]))
     # In parts of as many tokens as `read` holds at once.
     parts = [
         losses_and_state(params, model, inputs[i : i + rows], targets[i : i + rows], rwkv_jax.init_state(model, rows))[
@@ -193,7 +194,12 @@ def run(settings: Settings) -> None:
     held_out = load_streams(data).validation
     tokens = documents(held_out, lengths.positions, lengths.documents)
     bits_per_nat = float(len(held_out.tokens) / held_out.num_bytes / np.log(2))
-    reading = {"positions": lengths.positions, "piece": lengths.piece, "documents": len(tokens), "text": held_out.identity}
+    reading = {
+        "positions": lengths.positions,
+        "piece": lengths.piece,
+        "documents": len(tokens),
+        "text": held_out.identity,
+    }
     readers = {
         key: Cell(f"read-{lengths.positions}-{cell.name}", {"run": cell.settings, "reading": reading})
         for key, cell in cells.items()

@@ -72,6 +72,7 @@ def report(
         mesh: Of the run.
     """
     bits = bits_per_byte(params, start, settings, streams.validation, None)
+    test_bits = None if streams.test is None else bits_per_byte(params, start, settings, streams.test, None)
     tuned = (
         []
         if settings.finetune.init_from is None
@@ -80,12 +81,16 @@ def report(
     if not distributed.is_main():
         return
     result = {"held_out_bits_per_byte": bits, "held_out_bytes": streams.validation.num_bytes}
+    if test_bits is not None and streams.test is not None:
+        result |= {"test_bits_per_byte": test_bits, "test_bytes": streams.test.num_bytes}
     Path(settings.run.folder, RESULT).write_text(json.dumps(result) + "\n", encoding="utf-8")
     print(f"\nheld-out text, {streams.validation.num_bytes} bytes, bits per byte:")
     print(f"  {settings.model.architecture:8s} {bits:.4f}")
     if (raw := streams.validation_bytes()) is not None:
         print(f"  gzip -9  {8 * len(gzip.compress(raw, 9)) / len(raw):.4f}")
         print(f"  xz -9    {8 * len(lzma.compress(raw, preset=9)) / len(raw):.4f}")
+    if test_bits is not None:
+        print(f"\ntest text, bits per byte:\n  {settings.model.architecture:8s} {test_bits:.4f}")
     if tuned:
         print("\nheld-out text, bits per byte before and after fine-tuning:")
     for name, before, after in tuned:

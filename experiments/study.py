@@ -1,7 +1,8 @@
 """What the studies share: settings, cells that are computed once, spread over seeds, the verdict, tables, plots and the record.
 
 A study is a list of cells. Each is computed once, by whatever its study calls for, and kept as FOLDER/cells/NAME.json; the same
-command again computes those that are missing. What the study finds goes into PREFIX.json, and its plot into PREFIX.png. Studies that share a folder share cells.
+command again computes those that are missing. What the study finds goes into PREFIX.json, and its plot into PREFIX.png. Studies
+that share a folder share cells.
 """
 
 import argparse
