@@ -10,7 +10,7 @@ import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
@@ -48,6 +48,8 @@ class RunConfig:
     """Peak of one device in 1e12 FLOP/s, for the model FLOP utilisation; none: published figure, or measured on CPU."""
     prompt: str = "\n"
     """What the sample at the end starts with."""
+    sample_tokens: int = 320
+    """Length of the sample at the end; 0: none."""
 
     def __post_init__(self):
         if not 0 <= self.seed < 2**31:
@@ -55,8 +57,9 @@ class RunConfig:
         for name in ("steps", "validate_every", "checkpoint_every", "keep_last"):
             if getattr(self, name) < 1:
                 raise ValueError(f"run.{name} is {getattr(self, name)}; it must be at least 1")
-        if self.keep_best < 0:
-            raise ValueError(f"run.keep_best is {self.keep_best}; it must be at least 0")
+        for name in ("keep_best", "sample_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"run.{name} is {getattr(self, name)}; it must be at least 0")
         if self.validation_tokens is not None and self.validation_tokens < 1:
             raise ValueError(f"run.validation_tokens is {self.validation_tokens}; it must be at least 1")
         if self.peak_tflops is not None and self.peak_tflops <= 0:
@@ -100,6 +103,8 @@ class Settings:
             )
 
 
+Kind = TypeVar("Kind")
+
 _SHORT = {"--init_from": "--finetune.init_from"}
 """Options that may be given without their section."""
 
@@ -118,7 +123,23 @@ def parse(arguments: Sequence[str], program: str = "train.py") -> Settings:
     """
     file, overrides = _take_cfg(list(arguments))
     values = read_toml(file) if file else {}
-    sections = _sections(_architecture(file, values, overrides))
+    return _parse(Settings, _sections(_architecture(file, values, overrides)), file, values, overrides, program)
+
+
+def parse_as(kind: type[Kind], arguments: Sequence[str], program: str) -> Kind:
+    """Returns another program's settings, a dataclass with a dataclass for every section, from a command line; as `parse`."""
+    file, overrides = _take_cfg(list(arguments))
+    return _parse(kind, get_type_hints(kind), file, read_toml(file) if file else {}, overrides, program)
+
+
+def _parse(
+    kind: type[Kind],
+    sections: Mapping[str, type],
+    file: str | None,
+    values: Mapping[str, Any],
+    overrides: list[str],
+    program: str,
+) -> Kind:
     parser = _parser(sections, program)
     if file:
         _check_file(file, values, sections)
@@ -130,7 +151,7 @@ def parse(arguments: Sequence[str], program: str = "train.py") -> Settings:
             raise ConfigError(f"command line: there is no option --{name}{_nearest(name, options, '--')}")
     try:
         parsed = parser.parse_args(overrides)
-        return _settings({name: vars(parsed[name]) for name in sections}, sections)
+        return kind(**_settings({name: vars(parsed[name]) for name in sections}, sections))
     except ArgumentError as error:
         raise ConfigError(f"command line: {error}") from None
     except ValueError as error:
@@ -161,7 +182,7 @@ def from_dict(values: Mapping[str, Mapping[str, Any]], origin: str) -> Settings:
     sections = _sections(_architecture(origin, values, []))
     _check_file(origin, values, sections)
     try:
-        return _settings(values, sections)
+        return Settings(**_settings(values, sections))
     except ValueError as error:
         raise ConfigError(f"{origin}: {error}") from None
 
@@ -263,11 +284,14 @@ def _sections(architecture: str) -> dict[str, type]:
 
 def _parser(sections: Mapping[str, type], program: str) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    shorts = {short: full for short, full in _SHORT.items() if full[2:].partition(".")[0] in sections}
     parser = ArgumentParser(
         prog=program,
-        usage=f"{program} [--cfg FILE.toml] [--init_from MODEL] [--SECTION.KEY VALUE ...]",
-        description="--cfg names a TOML file with the sections below; options given here beat it. 'null' stands for none. "
-        "--init_from is short for --finetune.init_from.",
+        usage=" ".join(
+            [program, "[--cfg FILE.toml]", *(f"[{short} VALUE]" for short in shorts), "[--SECTION.KEY VALUE ...]"]
+        ),
+        description="--cfg names a TOML file with the sections below; options given here beat it. 'null' stands for none."
+        + "".join(f" {short} is short for {full}." for short, full in shorts.items()),
         exit_on_error=False,
         allow_abbrev=False,
         default_env=False,
@@ -292,8 +316,8 @@ def _check_file(origin: str, values: Mapping[str, Any], sections: Mapping[str, t
                 )
 
 
-def _settings(values: Mapping[str, Mapping[str, Any]], sections: Mapping[str, type]) -> Settings:
-    """The settings with these values; a whole number becomes a float where the field is one, and a list a tuple, so that files
+def _settings(values: Mapping[str, Mapping[str, Any]], sections: Mapping[str, type]) -> dict[str, Any]:
+    """The sections with these values; a whole number becomes a float where the field is one, and a list a tuple, so that files
     load equal."""
 
     def widen(value: Any, hint: Any) -> Any:
@@ -305,7 +329,7 @@ def _settings(values: Mapping[str, Mapping[str, Any]], sections: Mapping[str, ty
         hints = get_type_hints(kind)
         return kind(**{key: widen(value, hints[key]) for key, value in values.get(name, {}).items()})
 
-    return Settings(**{name: section(name, kind) for name, kind in sections.items()})
+    return {name: section(name, kind) for name, kind in sections.items()}
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -1,7 +1,7 @@
 """What text to train on, and how it is cut into batches."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -27,6 +27,8 @@ class DataConfig:
     """Held-out text, as path; none: documents of path are held out."""
     validation_fraction: float = 0.05
     """Share of documents held out, whole, by a hash of their names (binidx: the last ones)."""
+    byte_split: tuple[int, ...] | None = None
+    """Bytes of the training, held-out and test parts of a file, from its start, the last being optional (text); none: as above."""
     text_key: str = "text"
     """Field that holds the text (jsonl, tfds, huggingface)."""
     tfds_name: str | None = None
@@ -73,6 +75,14 @@ class DataConfig:
             raise ValueError(
                 "data.carry goes on through the text, and data.documents='rows' starts every row anew; choose one"
             )
+        if self.byte_split is not None and (len(self.byte_split) not in (2, 3) or min(self.byte_split) < 1):
+            raise ValueError(
+                f"data.byte_split is {self.byte_split}; it must be two or three numbers of bytes, each at least 1"
+            )
+        if self.byte_split is not None and (self.source != "text" or self.validation_path is not None):
+            raise ValueError(
+                "data.byte_split cuts the file of data.path: it needs data.source='text' and no data.validation_path"
+            )
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"data.validation_fraction is {self.validation_fraction}; it must be between 0 and 1")
 
@@ -85,6 +95,8 @@ class Streams(NamedTuple):
     validation: TokenStream
     validation_bytes: Callable[[], bytes | None]
     """Gives the held-out text without separators; None where it is known as tokens only."""
+    test: TokenStream | None = None
+    """A second held-out text, which is read at the end only."""
 
 
 def load_streams(config: DataConfig) -> Streams:
@@ -100,16 +112,17 @@ def load_streams(config: DataConfig) -> Streams:
     parts = load_corpora(config)
     train = tokenise(parts[0], tokenizer, config.cache_dir, "training text")
     validation = tokenise(parts[1], tokenizer, config.cache_dir, "held-out text")
+    test = tokenise(parts[2], tokenizer, config.cache_dir, "test text") if len(parts) > 2 else None
 
     def validation_bytes() -> bytes:
         texts = (document.text for document in parts[1].documents())
         return b"".join(text.encode() if isinstance(text, str) else text for text in texts)
 
-    return Streams(tokenizer, train, validation, validation_bytes)
+    return Streams(tokenizer, train, validation, validation_bytes, test)
 
 
-def load_corpora(config: DataConfig) -> tuple[corpora.Corpus, corpora.Corpus]:
-    """Returns the documents of both sides, training and held-out; those of tokens only (binidx) have none.
+def load_corpora(config: DataConfig) -> Sequence[corpora.Corpus]:
+    """Returns the documents to train on, those held out and, of three parts of bytes, the test's; tokens alone (binidx) have none.
 
     Raises:
         ValueError, OSError: There is no text, or a file is not what it should be.
@@ -123,6 +136,9 @@ def load_corpora(config: DataConfig) -> tuple[corpora.Corpus, corpora.Corpus]:
     }
     place, held_out_place = splits.get(config.source, (config.path, config.validation_path))
     whole = _corpus(config, place)
+    if config.byte_split is not None:
+        assert isinstance(whole, corpora.TextFiles)
+        return whole.pieces(config.byte_split)
     if held_out_place is None:
         return corpora.split(whole, config.validation_fraction)
     return whole, _corpus(config, held_out_place)

@@ -79,7 +79,7 @@ def load_questions(config: QuestionsConfig, data: DataConfig) -> Sides:
         OSError: The data cannot be read.
     """
     if config.task == BLANKS:
-        sides = load_corpora(data)
+        sides = load_corpora(data)[:2]
         limits = config.training_items, config.held_out_items
         training, held_out = (
             make_blanks(side.documents(), most_bytes=data.context_length, seed=config.seed, limit=limit)
@@ -87,7 +87,7 @@ def load_questions(config: QuestionsConfig, data: DataConfig) -> Sides:
         )
     else:
         assert config.task is not None
-        tables = load_corpora(_completed(config, data))
+        tables = load_corpora(_completed(config, data))[:2]
         training, held_out = (read_items(config.task, table) for table in tables)
         training = _draw(training, config.training_items, config.seed)
         held_out = _draw(held_out, config.held_out_items, config.seed)
