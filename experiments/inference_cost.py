@@ -207,11 +207,14 @@ def measure(settings: Mapping[str, Any], report: Callable[[float], object]) -> d
     config: Any = model_config(settings["model"], settings["size"], settings["length"], settings["dtype"])
     key = jax.random.key(settings["seed"])
     start_bytes = _peak_bytes()
-    # A tensor at a time, so that a bfloat16 model's peak is not that of its float32 initial values.
-    weights = jax.tree.map(
-        lambda one: params.init(key, one, config.num_layers).astype(settings["dtype"]),
-        module_of(config).declare(config),
-    )
+
+    def tensor(one: Any) -> Any:
+        # Some matrices start orthogonal, which takes minutes in large models, and nothing here depends on it.
+        one = one if len(one.shape) < 2 else replace(one, init=params.normal(one.shape[0] ** -0.5))
+        return params.init(key, one, config.num_layers).astype(settings["dtype"])
+
+    # One at a time, so that a bfloat16 model's peak is not that of its float32 initial values.
+    weights = jax.tree.map(tensor, module_of(config).declare(config))
     block, length = settings["block"], settings["length"]
     doubled = settings["model"] == "transformer-doubled"
     if doubled:
@@ -228,7 +231,8 @@ def measure(settings: Mapping[str, Any], report: Callable[[float], object]) -> d
         return lambda carry: jax.block_until_ready(done(weights, *carry)[1])
 
     def begin() -> Any:
-        logits, state = jnp.zeros((1, config.vocab_size)), init_state(config, 1)
+        # decode takes the state's arrays over, of which some of init_state's are one and the same.
+        logits, state = jnp.zeros((1, config.vocab_size)), jax.tree.map(jnp.copy, init_state(config, 1))
         return jax.block_until_ready((logits, state, jnp.zeros_like(logits), jax.random.key(settings["seed"])))
 
     carry = begin()
@@ -307,7 +311,7 @@ def _peak_bytes() -> int:
 
 
 def plot(path: Path, settings: Settings, cells: Mapping[Any, Cell], done: Mapping[str, Finished], memory: str) -> None:
-    """Draws time per token, time in all, state and peak memory against length: a row for each size, lines with the range over repeats."""
+    """Draws time per token, time in all, state and peak memory against length, with the range over repeats; a row for each size."""
     study, cost = settings.study, settings.cost
     quantities = ("time per token, ms", "time in all, s", "state, MB", "peak memory, MB")
     titles = [f"{size}: {quantity}" for size in cost.sizes for quantity in quantities]

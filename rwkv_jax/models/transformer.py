@@ -202,9 +202,8 @@ def fresh_state(config: TransformerConfig, batch_size: int, dtype=jnp.float32) -
 
 
 def _empty(config: TransformerConfig, batch_size: int, dtype, room: int) -> State:
-    shape = (config.num_layers, batch_size, room, config.num_heads, config.head_dim)
-    # Arrays of their own each, so that a state can be donated.
-    return State(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((config.num_layers, batch_size), dtype))
+    kept = jnp.zeros((config.num_layers, batch_size, room, config.num_heads, config.head_dim), dtype)
+    return State(kept, kept, jnp.zeros((config.num_layers, batch_size), dtype))
 
 
 def embed_tokens(params: Params, tokens: Int[Array, "B T"], dtype) -> Float[Array, "B T D"]:
