@@ -136,27 +136,19 @@ def run(settings: Settings) -> None:
             for i, prompt in enumerate(shown)
         ],
     )
-    header = [
-        "model",
-        "metric",
-        "mean over prompts, %",
-        "SD over prompts, points",
-        "SD over orders",
-        "lowest, %",
-        "highest, %",
-    ]
+    header = ["model", "metric", "mean, %", "SD over prompts, points", "SD over orders", "lowest, %", "highest, %"]
     spread = table(header, [row for name in found for row in _spread(name, scores[name], len(prompts.orders), study)])
     chance = 100 / len(task.labels)
+    asked = f"{len(study.seeds) * prompts.sample_size} items, chance {chance:.0f} %; {study.confidence:.0%} intervals"
     notes = (
-        f"{len(found[_label(prompts.checkpoints[0])].gold)} items, chance {chance:.0f} %. [] are {study.confidence:.0%} intervals, of accuracies "
-        f"Wilson's, of all else from {RESAMPLES} resamplings of the items. An SD over prompts contains the items' own sampling noise; "
-        "over orders it is that within a template, averaged over templates."
+        f"{asked}: of accuracies Wilson's, of all else from {RESAMPLES} resamplings of the items. An SD over prompts contains the "
+        "items' own sampling noise; over orders it is that within a template, averaged over templates."
     )
     verdicts = _verdicts(found, shown, scores, study, chance)
     print("\n".join(["", each, "", spread, "", notes, *verdicts]))
     findings = {"prompts": each.splitlines(), "spread": spread.splitlines(), "notes": notes, "verdicts": verdicts}
     prefix = record(study, settings, done, findings)
-    plot(Path(f"{prefix}.png"), found, shown, scores, chance, notes)
+    plot(Path(f"{prefix}.png"), found, shown, scores, chance, asked)
     print(f"\n{prefix}.json and .png")
 
 
@@ -371,7 +363,7 @@ def judged(a: str, b: str, differences: np.ndarray, confidence: float) -> str:
 
 def plot(
     path: Path, found: Mapping[str, Answers], shown: Sequence[tuple[str, str]], scores: Mapping[str, Scores], chance: float,
-    notes: str,
+    asked: str,
 ) -> None:  # fmt: skip
     """Draws accuracy and F1 of every prompt with their intervals, the models side by side."""
     figure, axes = panels("accuracy", "macro F1")
@@ -389,9 +381,7 @@ def plot(
         panel.set_yticks(place, [f"{template} {order}" for template, order in shown])
         panel.set_ylim(place[-1] - 0.7, 0.7)
     axes[0].axvline(chance, color="black", linestyle=":", linewidth=1, label="chance")
-    figure.suptitle(
-        "I: instruction, D: data, Q: question, in the order read. " + notes.partition(". An SD")[0], fontsize=9
-    )
+    figure.suptitle(f"I: instruction, D: data, Q: question, in the order read. {asked}", fontsize=9)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path)
