@@ -1,6 +1,7 @@
 """What a training run ends with: bits per byte beside compressors and the model tuned, a sample, and how to go on."""
 
 import gzip
+import json
 import lzma
 import math
 import shlex
@@ -14,7 +15,8 @@ from jax.sharding import Mesh
 import rwkv_jax
 from rwkv_jax import checkpoint, config, distributed, generate, sharding, text, train
 
-SAMPLE_TOKENS = 320
+RESULT = "result.json"
+"""In the run's folder: what it ended with, on all of the held-out text."""
 
 
 def bits_per_byte(
@@ -58,7 +60,8 @@ def report(
     other: text.TokenStream | None,
     mesh: Mesh,
 ) -> None:
-    """Prints the result beside two compressors' and the model tuned, a sample, and how to go on; process 0 of several prints.
+    """Writes the result, and prints it beside two compressors' and the model tuned, a sample, and how to go on; process 0 of several
+    does.
 
     Args:
         params: The model's.
@@ -69,6 +72,7 @@ def report(
         mesh: Of the run.
     """
     bits = bits_per_byte(params, start, settings, streams.validation, None)
+    test_bits = None if streams.test is None else bits_per_byte(params, start, settings, streams.test, None)
     tuned = (
         []
         if settings.finetune.init_from is None
@@ -76,11 +80,17 @@ def report(
     )
     if not distributed.is_main():
         return
+    result = {"held_out_bits_per_byte": bits, "held_out_bytes": streams.validation.num_bytes}
+    if test_bits is not None and streams.test is not None:
+        result |= {"test_bits_per_byte": test_bits, "test_bytes": streams.test.num_bytes}
+    Path(settings.run.folder, RESULT).write_text(json.dumps(result) + "\n", encoding="utf-8")
     print(f"\nheld-out text, {streams.validation.num_bytes} bytes, bits per byte:")
     print(f"  {settings.model.architecture:8s} {bits:.4f}")
     if (raw := streams.validation_bytes()) is not None:
         print(f"  gzip -9  {8 * len(gzip.compress(raw, 9)) / len(raw):.4f}")
         print(f"  xz -9    {8 * len(lzma.compress(raw, preset=9)) / len(raw):.4f}")
+    if test_bits is not None:
+        print(f"\ntest text, bits per byte:\n  {settings.model.architecture:8s} {test_bits:.4f}")
     if tuned:
         print("\nheld-out text, bits per byte before and after fine-tuning:")
     for name, before, after in tuned:
@@ -90,7 +100,7 @@ def report(
         rwkv_jax.save_state(path, start, settings.model)
         print(f"\nthe learned state, for other programs: {path}")
     folder = settings.run.folder
-    if jax.process_count() == 1:
+    if jax.process_count() == 1 and settings.run.sample_tokens:
         print(f"\na sample, after {settings.run.prompt!r}:\n{settings.run.prompt}", end="")
         sampling = generate.Sampling(temperature=0.8, top_p=0.95)
         for piece in generate.stream(
@@ -98,7 +108,7 @@ def report(
             settings.model,
             streams.tokenizer,
             settings.run.prompt,
-            max_tokens=SAMPLE_TOKENS,
+            max_tokens=settings.run.sample_tokens,
             sampling=sampling,
             state=start,
         ):

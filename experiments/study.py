@@ -1,10 +1,13 @@
 """What the studies share: settings, cells that are computed once, spread over seeds, the verdict, tables, plots and the record.
 
 A study is a list of cells. Each is computed once, by whatever its study calls for, and kept as FOLDER/cells/NAME.json; the same
-command again computes those that are missing. What the study finds goes into PREFIX.json, and its plot into PREFIX.png.
+command again computes those that are missing. What the study finds goes into PREFIX.json, and its plot into PREFIX.png. Studies
+that share a folder share cells.
 """
 
+import argparse
 import fcntl
+import inspect
 import json
 import math
 import shlex
@@ -22,6 +25,7 @@ from scipy import stats
 from tqdm import tqdm
 
 from rwkv_jax import run_log
+from rwkv_jax.command import errors_in_words
 from rwkv_jax.config import ConfigError, parse_as
 
 Settings = TypeVar("Settings")
@@ -34,7 +38,7 @@ class StudyConfig:
     folder: str = "runs/study"
     """Where finished cells are kept; started again with the same config, the study goes on from there."""
     results: str | None = None
-    """Where the record goes: this with .json and .png; none: FOLDER/results."""
+    """Where the record goes: this with .json and .png; none: FOLDER/STUDY, such as runs/study/scaling."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of each cell that is repeated."""
     confidence: float = 0.95
@@ -75,15 +79,9 @@ Advance = Callable[[float], object]
 
 @contextmanager
 def study_program(kind: type[Settings], program: str) -> Iterator[Settings]:
-    """Gives the settings of this program's command line, and turns errors that a user can mend into a message and status 1."""
-    try:
+    """Gives the settings of this program's command line; what a user can put right ends it with a message and status 2."""
+    with errors_in_words(argparse.ArgumentParser(prog=program)):
         yield parse_as(kind, sys.argv[1:], program)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"{program}: {error}", file=sys.stderr)
-        raise SystemExit(2 if isinstance(error, ConfigError) else 1) from error
-    except KeyboardInterrupt:
-        print(f"\n{program}: interrupted; finished cells are kept, and the same command goes on", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 def compute_cells(
@@ -105,18 +103,23 @@ def compute_cells(
     with locked(Path(study.folder, ".lock"), f"{study.folder}: another process computes this study; wait for it"):
         done = {cell.name: found for cell in cells if (found := _finished(folder, cell)) is not None}
         waiting = [cell for cell in cells if cell.name not in done]
-        before = sum(cell.cost for cell in cells if cell.name in done)
-        total = before + sum(cell.cost for cell in waiting)
         if waiting:
             tqdm.write(f"{study.folder}: {len(done)} of {len(cells)} cells are finished", file=sys.stderr)
-        layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}"
-        with tqdm(total=total, initial=before, bar_format=layout, dynamic_ncols=True, disable=not waiting) as bar:
+        with tqdm(
+            total=sum(cell.cost for cell in cells),
+            initial=sum(cell.cost for cell in cells if cell.name in done),
+            bar_format="{desc}{percentage:3.0f}%|{bar}| {elapsed} passed, {remaining} left",
+            dynamic_ncols=True,
+            disable=not waiting,
+            smoothing=0,  # The time left follows from the mean speed, cells being unlike.
+            mininterval=0.5 if sys.stderr.isatty() else 30,
+            miniters=0,
+        ) as bar:
             for cell in waiting:
-                bar.set_description(f"{len(done) + 1}/{len(cells)} {cell.name}")
+                bar.set_description(f"{len(done) + 1}/{len(cells)} {cell.name}", refresh=False)
 
                 def advance(share: float, cell: Cell = cell, start: float = bar.n) -> None:
-                    bar.n = max(bar.n, start + min(share, 1) * cell.cost)
-                    bar.refresh()
+                    bar.update(max(0.0, start + min(share, 1) * cell.cost - bar.n))
 
                 begin = time.perf_counter()
                 result = compute(cell, advance)
@@ -264,11 +267,11 @@ def record(study: StudyConfig, settings: Any, cells: Mapping[str, Finished], fin
 
     Args:
         study: Says where.
-        settings: Of the whole study, a dataclass.
+        settings: Of the whole study, a dataclass of the study's own file, whose name the record has by default.
         cells: Their results are all in the record.
         findings: What follows from them: numbers, tables and verdicts.
     """
-    prefix = Path(study.results or Path(study.folder, "results"))
+    prefix = Path(study.results or Path(study.folder, Path(inspect.getfile(type(settings))).stem))
     environments: list[Mapping[str, str]] = []
     for cell in cells.values():
         if cell.environment not in environments:

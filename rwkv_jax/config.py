@@ -47,6 +47,8 @@ class RunConfig:
     """Peak of one device in 1e12 FLOP/s, for the model FLOP utilisation; none: published figure, or measured on CPU."""
     prompt: str = "\n"
     """What the sample at the end starts with."""
+    sample_tokens: int = 320
+    """Length of the sample at the end; 0: none."""
 
     def __post_init__(self):
         if not 0 <= self.seed < 2**31:
@@ -54,8 +56,9 @@ class RunConfig:
         for name in ("steps", "validate_every", "checkpoint_every", "keep_last"):
             if getattr(self, name) < 1:
                 raise ValueError(f"run.{name} is {getattr(self, name)}; it must be at least 1")
-        if self.keep_best < 0:
-            raise ValueError(f"run.keep_best is {self.keep_best}; it must be at least 0")
+        for name in ("keep_best", "sample_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"run.{name} is {getattr(self, name)}; it must be at least 0")
         if self.validation_tokens is not None and self.validation_tokens < 1:
             raise ValueError(f"run.validation_tokens is {self.validation_tokens}; it must be at least 1")
         if self.peak_tflops is not None and self.peak_tflops <= 0:

@@ -1,5 +1,6 @@
 """The configs in experiments/configs: all can be read, and released models have the numbers of their papers and code."""
 
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -10,7 +11,9 @@ from rwkv_jax import config, count_params
 from rwkv_jax.lm import flops_per_token
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = sorted(path.name for path in (ROOT / "experiments" / "configs").glob("*.toml"))
+FILES = sorted((ROOT / "experiments" / "configs").glob("*.toml"))
+SHIPPED = [path.name for path in FILES if "experiments/train.py --cfg" in path.read_text(encoding="utf-8")]
+STUDIES = [path.name for path in FILES if path.name not in SHIPPED]
 
 # arXiv 2305.13048 (EMNLP text), tables 2 and 3: layers, width, parameters, forward FLOP a token, initial and
 # final learning rate, mini-epochs at the initial learning rate.
@@ -54,6 +57,28 @@ def read(monkeypatch):
 @pytest.mark.parametrize("name", SHIPPED)
 def test_the_command_in_a_shipped_config_is_accepted_and_trains_in_its_own_folder(name, read):
     assert Path(read(name).run.folder).name == name.removesuffix(".toml")
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_command_in_a_studys_config_is_accepted(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = Path("experiments", "configs", name).read_text(encoding="utf-8")
+    command = re.search(r"^# +python experiments/(\w+)\.py (.*)$", text, re.MULTILINE)
+    assert command, "the config does not say how to run it"
+    arguments = shlex.split(command[2])
+    assert arguments[:2] == ["--cfg", f"experiments/configs/{name}"]
+    settings = config.parse_as(importlib.import_module(command[1]).Settings, arguments, command[1])
+    assert settings.study.folder.startswith("runs/")
+
+
+def test_enwik8_is_cut_as_in_the_paper_and_its_models_are_of_equal_size(read):
+    settings = {name: read(f"enwik8_{name}.toml") for name in ("rwkv4", "rwkv7", "transformer")}
+    assert {s.data.byte_split for s in settings.values()} == {(90_000_000, 5_000_000, 5_000_000)}
+    assert {(s.model.num_layers, s.model.embed_dim, s.data.context_length) for s in settings.values()} == {
+        (12, 512, 1024)
+    }
+    sizes = {name: count_params(s.model) for name, s in settings.items()}
+    assert all(abs(size / sizes["rwkv4"] - 1) < 0.04 for size in sizes.values()), sizes
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+import study
 from scipy import stats
+from study import Cell, Estimate, StudyConfig, compute_cells, estimate, table, verdict
 
-from experiments import study
-from experiments.study import Cell, Estimate, StudyConfig, compute_cells, estimate, table, verdict
 from rwkv_jax.config import ConfigError, parse_as
 
 

@@ -26,6 +26,8 @@ class DataConfig:
     """Held-out text, as path; none: documents of path are held out."""
     validation_fraction: float = 0.05
     """Share of documents held out, whole, by a hash of their names (binidx: the last ones)."""
+    byte_split: tuple[int, ...] | None = None
+    """Bytes of the training, held-out and test parts of a file, from its start, the last being optional (text); none: as above."""
     text_key: str = "text"
     """Field that holds the text (jsonl, tfds)."""
     tfds_name: str | None = None
@@ -64,6 +66,14 @@ class DataConfig:
             raise ValueError(
                 "data.carry goes on through the text, and data.documents='rows' starts every row anew; choose one"
             )
+        if self.byte_split is not None and (len(self.byte_split) not in (2, 3) or min(self.byte_split) < 1):
+            raise ValueError(
+                f"data.byte_split is {self.byte_split}; it must be two or three numbers of bytes, each at least 1"
+            )
+        if self.byte_split is not None and (self.source != "text" or self.validation_path is not None):
+            raise ValueError(
+                "data.byte_split cuts the file of data.path: it needs data.source='text' and no data.validation_path"
+            )
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"data.validation_fraction is {self.validation_fraction}; it must be between 0 and 1")
 
@@ -76,6 +86,8 @@ class Streams(NamedTuple):
     validation: TokenStream
     validation_bytes: Callable[[], bytes | None]
     """Gives the held-out text without separators; None where it is known as tokens only."""
+    test: TokenStream | None = None
+    """A second held-out text, which is read at the end only."""
 
 
 def load_streams(config: DataConfig) -> Streams:
@@ -96,19 +108,23 @@ def load_streams(config: DataConfig) -> Streams:
     if config.source == "binidx":
         return _binidx_streams(config, tokenizer)
     whole = _corpus(config, config.path, config.tfds_split)
-    if config.validation_path is not None or config.tfds_validation_split is not None:
+    if config.byte_split is not None:
+        assert isinstance(whole, corpora.TextFiles)
+        parts = whole.pieces(config.byte_split)
+    elif config.validation_path is not None or config.tfds_validation_split is not None:
         held_out = _corpus(config, config.validation_path, config.tfds_validation_split or config.tfds_split)
         parts = whole, held_out
     else:
         parts = corpora.split(whole, config.validation_fraction)
     train = tokenise(parts[0], tokenizer, config.cache_dir, "training text")
     validation = tokenise(parts[1], tokenizer, config.cache_dir, "held-out text")
+    test = tokenise(parts[2], tokenizer, config.cache_dir, "test text") if len(parts) > 2 else None
 
     def validation_bytes() -> bytes:
         texts = (document.text for document in parts[1].documents())
         return b"".join(text.encode() if isinstance(text, str) else text for text in texts)
 
-    return Streams(tokenizer, train, validation, validation_bytes)
+    return Streams(tokenizer, train, validation, validation_bytes, test)
 
 
 def _corpus(config: DataConfig, path: str | None, tfds_split: str) -> corpora.Corpus:

@@ -4,7 +4,8 @@ import glob
 import hashlib
 import json
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -12,6 +13,9 @@ TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 """What a folder is searched for."""
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "pydoc_data"}
 """Folders left out; pydoc_data is one generated file, as large as sixty others, that would decide what a split measures."""
+
+_ADDRESSES = {"enwik8": "https://mattmahoney.net/dc/enwik8.zip"}
+"""Where to get files that configs name, by name."""
 
 
 class Document(NamedTuple):
@@ -58,6 +62,21 @@ class TextFiles:
         raw = document.text if isinstance(document.text, bytes) else document.text.encode()
         at = raw.find(b"\n", int(fraction * len(raw))) + 1 or int(fraction * len(raw))
         return Piece(self, slice(0, at)), Piece(self, slice(at, None))
+
+    def pieces(self, sizes: Sequence[int]) -> list["Piece"]:
+        """Returns the first bytes of the only file in pieces of these sizes.
+
+        Raises:
+            ValueError: There are more files, or fewer bytes.
+        """
+        size = sum(file.stat().st_size for file in self._files)
+        if len(self) != 1 or sum(sizes) > size:
+            raise ValueError(
+                f"data.byte_split={tuple(sizes)} cuts {sum(sizes)} bytes of one file; data.path means {len(self)} files of "
+                f"{size} bytes, the first being {self._files[0]}"
+            )
+        ends = list(accumulate(sizes))
+        return [Piece(self, slice(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
 
 
 class Piece:
@@ -223,7 +242,8 @@ def _find(path: str, suffixes: tuple[str, ...]) -> list[Path]:
         files = [Path(found) for found in glob.glob(str(place), recursive=True) if Path(found).is_file()]
         rule = "it is neither a file, a folder nor a glob that matches a file"
     if not files:
-        raise FileNotFoundError(f"{path}: no text here; {rule}. Set data.path to where the text is")
+        address = f"; it can be had from {_ADDRESSES[place.name]}" if place.name in _ADDRESSES else ""
+        raise FileNotFoundError(f"{path}: no text here; {rule}. Set data.path to where the text is{address}")
     return sorted(files)
 
 

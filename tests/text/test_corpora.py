@@ -256,6 +256,23 @@ def test_the_last_lines_of_a_single_file_are_held_out(tmp_path):
     assert streams.validation_bytes() == held_out.encode()
 
 
+def test_a_file_is_cut_at_the_bytes_given_into_text_to_train_on_to_hold_out_and_to_test(tmp_path):
+    raw = bytes(range(32, 127)) * 3
+    (tmp_path / "enwik8").write_bytes(raw)
+    values = {"source": "text", "path": str(tmp_path / "enwik8"), "cache_dir": str(tmp_path / "c")}
+    streams = load_streams(DataConfig(**values, byte_split=(200, 40, 30)))
+    assert [bytes(side.tokens[:-1]) for side in streams[1:3]] == [raw[:200], raw[200:240]]
+    assert streams.test is not None and bytes(streams.test.tokens[:-1]) == raw[240:270]
+    assert streams.validation_bytes() == raw[200:240]
+    assert load_streams(DataConfig(**values, byte_split=(200, 40))).test is None
+    with pytest.raises(ValueError, match=r"cuts 286 bytes of one file; data.path means 1 files of 285 bytes"):
+        load_streams(DataConfig(**values, byte_split=(200, 86)))
+    with pytest.raises(ValueError, match="needs data.source='text'"):
+        DataConfig(byte_split=(200, 40))
+    with pytest.raises(FileNotFoundError, match="mattmahoney.net/dc/enwik8.zip"):
+        load_streams(DataConfig(**values | {"path": str(tmp_path / "nowhere" / "enwik8")}))
+
+
 def test_the_side_of_a_split_without_text_is_named(tmp_path):
     for i in range(2):
         (tmp_path / f"{i}.txt").write_text("text")
