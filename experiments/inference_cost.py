@@ -249,9 +249,9 @@ def measure(settings: Mapping[str, Any], report: Callable[[float], object]) -> d
         copying = 0.0
         if doubled and done == config.context_length:
             config = replace(config, context_length=min(2 * config.context_length, length))
-            jax.block_until_ready(_with_room(carry[1], config.context_length))  # This one compiles.
+            jax.block_until_ready(with_room(carry[1], config.context_length))  # This one compiles.
             start = time.perf_counter()
-            state = jax.block_until_ready(_with_room(carry[1], config.context_length))
+            state = jax.block_until_ready(with_room(carry[1], config.context_length))
             copying = time.perf_counter() - start
             carry = (carry[0], state, *carry[2:])
             draw = compiled(config, carry)
@@ -296,8 +296,8 @@ def model_config(model: str, size: str, length: int, dtype: str) -> Any:
     return ARCHITECTURES[name](**shape, ffn_dim=max(steps, 1) * step)
 
 
-def _with_room(state: Any, room: int) -> Any:
-    """A transformer's state with room for more tokens: the newest stand last."""
+def with_room(state: Any, room: int) -> Any:
+    """Returns a transformer's state with room for more tokens, of which the newest stand last."""
     import jax.numpy as jnp
 
     added = room - state.key.shape[2]

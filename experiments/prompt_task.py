@@ -166,7 +166,9 @@ def _statements(labels: Sequence[str]) -> list[Item]:
             before, after = line[: node.col_offset], line[node.col_offset :].removeprefix(label)
             above = [one for one in lines[: node.lineno - 1] if one.strip()][-_LINES_BEFORE:]
             fits = max(map(len, [line, *above])) <= _LONGEST_LINE and len(above) == _LINES_BEFORE
-            if fits and after.startswith(" ") and not before.strip():  # Not elif, not a bare return, not after a colon.
+            # Whole lines only: not elif, not a bare return, nothing after a colon, nothing that goes on in the next line.
+            whole = line.endswith(":") if isinstance(node, ast.If | ast.For) else node.end_lineno == node.lineno
+            if fits and whole and after.startswith(" ") and not before.strip():
                 values = {"data": "\n".join(above), "before": before, "after": after}
                 found.append(Item(values, labels.index(label)))
     return found
