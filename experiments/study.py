@@ -297,14 +297,21 @@ def record(study: StudyConfig, settings: Any, cells: Mapping[str, Finished], fin
     return prefix
 
 
-def panels(*titles: str) -> tuple[Any, list[Any]]:
-    """Returns a figure and its axes side by side, one for each title, with a light grid; label them with units."""
+def panels(*titles: str, columns: int | None = None) -> tuple[Any, list[Any]]:
+    """Returns a figure and its axes, one for each title and row by row, with a light grid; label them with units.
+
+    Args:
+        titles: Of the axes.
+        columns: Axes side by side; None: all.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.6 * len(titles), 4.4), dpi=120, layout="constrained")
+    columns = columns or len(titles)
+    rows = math.ceil(len(titles) / columns)
+    figure = Figure(figsize=(5.6 * columns, 4.4 * rows), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = list(np.atleast_1d(figure.subplots(1, len(titles))))
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for panel, title in zip(axes, titles, strict=True):
         panel.set_title(title)
         panel.grid(alpha=0.3, which="both")
