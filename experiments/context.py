@@ -242,7 +242,7 @@ def run(settings: Settings) -> None:
     confidence, (first, *_, last) = study.confidence, (lengths.trained[0], lengths.trained[-1])
     verdicts = [
         f"{NAMES[name]}: " + verdict(f"trained at {last}", ended(name, last), f"at {first}", ended(name, first), confidence, unit=UNIT)
-        for name in rates
+        for name in rates if last > first
     ]  # fmt: skip
     verdicts += [
         f"trained at {n}: " + verdict(NAMES[a], ended(a, n), NAMES[b], ended(b, n), confidence, unit=UNIT)

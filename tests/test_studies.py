@@ -18,6 +18,7 @@ from scripts import ROOT
 from training_cells import TrainingConfig, models, non_embedding, training_cell
 
 import rwkv_jax
+from rwkv_jax import config
 from rwkv_jax.config import ConfigError
 from rwkv_jax.text import DataConfig
 
@@ -111,33 +112,36 @@ def test_bins_hold_every_position_once():
 
 
 @pytest.mark.slow
-def test_the_three_studies_run_end_in_records_and_plots_and_never_train_a_cell_twice(tmp_path):
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+def test_the_three_studies_end_in_records_and_plots_and_never_train_a_cell_twice(tmp_path, capsys):
     folder = tmp_path / "studies"
 
-    def run(name, *overrides):
-        command = [sys.executable, f"experiments/{name}.py", "--cfg", f"experiments/configs/{name}_smoke.toml"]
-        done = subprocess.run(
-            [*command, "--study.folder", str(folder), *overrides], env=env, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert (folder / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
-        return done.stdout, json.loads((folder / f"{name}.json").read_text())
+    def arguments(name, *recipes):
+        names = json.dumps([f"experiments/configs/{recipe}.toml" for recipe in recipes])
+        shorter = ["--training.tokens", "2048", "--training.validations", "2", "--training.recipes", names]
+        return ["--cfg", f"experiments/configs/{name}_smoke.toml", "--study.folder", str(folder), *shorter]
 
-    one = json.dumps(["experiments/configs/quickstart.toml"])
-    two = json.dumps(["experiments/configs/quickstart.toml", "experiments/configs/quickstart_transformer.toml"])
-    short = ["--training.tokens", "2048", "--training.validations", "2"]
-    shown, row = run("learning_curves", *short, "--training.recipes", two)
+    def record(name):
+        assert (folder / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+        return json.loads((folder / f"{name}.json").read_text())
+
+    command = [sys.executable, "experiments/learning_curves.py"]
+    command += arguments("learning_curves", "quickstart", "quickstart_transformer")
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    row = record("learning_curves")
     ends = {name: cell["result"]["held_out"] for name, cell in row["cells"].items()}
     a, b = ([end for name, end in ends.items() if name.startswith(kind)] for kind in ("rwkv4", "transformer"))
     assert len(a) == len(b) == 2
     assert row["verdicts"] == [study.verdict("RWKV-4", a, "transformer", b, 0.95, unit="bits per byte")]
-    assert all(verdict in shown for verdict in row["verdicts"])
+    assert row["verdicts"][0] in done.stdout
 
     trained = {path: path.read_bytes() for path in (folder / "cells").iterdir()}
-    shown, row = run("scaling", *short, "--training.recipes", one, "--study.seeds", "[0]")
-    assert "exponent" in shown and len(row["cells"]) == 2 and len(row["exponents"]["rwkv4"]) == 1
-    shown, row = run("context", *short, "--training.recipes", one, "--study.seeds", "[0]")
-    assert "not resolved" in shown and len(row["cells"]) == 4
+    for module, own in ((scaling, []), (context, ["--lengths.trained", "[64]"])):
+        name = module.__name__
+        given = [*arguments(name, "quickstart"), "--study.seeds", "[0]", *own]
+        module.run(config.parse_as(module.Settings, given, name))
+        shown, row = capsys.readouterr().out, record(name)
+        assert all(line in shown for line in row["table"]) and all(verdict in shown for verdict in row["verdicts"])
     assert {path: path.read_bytes() for path in trained} == trained
-    assert len(list((folder / "runs").glob("*.toml"))) == 6
+    assert len(list((folder / "runs").glob("*.toml"))) == 5
