@@ -183,11 +183,15 @@ def in_own_process(cell: Cell, advance: Advance) -> Any:
     result = None
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:
         assert worker.stdout is not None
-        for line in worker.stdout:
-            said = json.loads(line)
-            result = said.get("result")
-            if "share" in said:
-                advance(said["share"])
+        try:
+            for line in worker.stdout:
+                said = json.loads(line)
+                result = said.get("result")
+                if "share" in said:
+                    advance(said["share"])
+        except BaseException:  # Interrupted, this program must not wait for the cell to end.
+            worker.kill()
+            raise
     if worker.returncode or result is None:
         raise OSError(f"{cell.name}: its process ended with status {worker.returncode}; what it said stands above")
     return result

@@ -5,6 +5,7 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -131,7 +132,7 @@ def sample(task: Task, data: str | None, size: int, number: int) -> list[Item]:
         FileNotFoundError, ValueError: There is no such file, a line is not an item, or there are too few items.
     """
     if task.source == "stdlib":
-        items = list(_statements(task.labels))
+        items = _statements(task.labels)
     elif data is None:
         raise ValueError("this task reads lines of JSON: give --prompts.data FILE")
     else:
@@ -147,7 +148,8 @@ def sample(task: Task, data: str | None, size: int, number: int) -> list[Item]:
     return turns[number * size : (number + 1) * size]
 
 
-def _statements(labels: Sequence[str]) -> list[Item]:
+@cache
+def _statements(labels: tuple[str, ...]) -> tuple[Item, ...]:
     """Short statements in the files that training holds out by default, with the lines before them."""
     found = []
     held_out = corpora.split(corpora.standard_library(), DataConfig().validation_fraction)[1]
@@ -171,7 +173,7 @@ def _statements(labels: Sequence[str]) -> list[Item]:
             if fits and whole and after.startswith(" ") and not before.strip():
                 values = {"data": "\n".join(above), "before": before, "after": after}
                 found.append(Item(values, labels.index(label)))
-    return found
+    return tuple(found)
 
 
 def _rows(task: Task, path: Path) -> list[Item]:

@@ -7,6 +7,7 @@ answers the same items under each template and order. Intervals are over items; 
 says how another training run of it would do. Interrupted, the same command goes on.
 """
 
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache, lru_cache
@@ -175,7 +176,8 @@ def prompt_cell(prompts: PromptsConfig, task: Task, template: Template, path: st
     names = ("data", "sample_size", "first_token", "tokenizer", "tokenizer_file", "dtype")
     settings = {
         "checkpoint": path, "order": order, "seed": seed, "template": asdict(template), "source": task.source,
-        "labels": list(task.labels), **{name: getattr(prompts, name) for name in names},
+        "labels": list(task.labels), "python": platform.python_version() if task.source == "stdlib" else None,
+        **{name: getattr(prompts, name) for name in names},
     }  # fmt: skip
     # With the choice in the question, all after it is read once for every choice.
     after = 1 if "{choice}" in template.answer else len(task.labels) * (2 - order.index("Q") / 2)
@@ -304,10 +306,8 @@ def _verdicts(
     compare_orders = data_first.any() and not data_first.all()
     lines, effects = [], {}
     for name, answers in found.items():
-        above = [
-            f"{t} {o}" for (t, o), low in zip(shown, scores[name].low["accuracy"], strict=True) if 100 * low > chance
-        ]
-        lines.append(f"{name}: above chance under {len(above)} of {len(shown)} prompts")
+        above = int((100 * scores[name].low["accuracy"] > chance).sum())
+        lines.append(f"{name}: above chance under {above} of {len(shown)} prompts")
         # The best and the worst of many are far apart by chance too: one half of the items picks them, and the other tells.
         half = len(answers.gold) // 2
         picked = answers.correct[:, :half].mean(1)

@@ -29,24 +29,19 @@ def test_the_models_of_a_size_have_equally_many_parameters(size):
 
 
 def test_a_doubled_cache_gives_what_a_whole_one_does():
-    whole = rwkv_jax.TransformerConfig(vocab_size=32, num_layers=2, embed_dim=32, head_dim=16, context_length=32)
+    whole = rwkv_jax.TransformerConfig(vocab_size=32, num_layers=2, embed_dim=32, head_dim=16, context_length=16)
     small = replace(whole, context_length=8)
     params = rwkv_jax.init(jax.random.key(0), whole)
     params = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(jax.random.key(x.size), x.shape), params)
-    tokens = jax.random.randint(jax.random.key(1), (1, 32), 0, 32)
+    tokens = jax.random.randint(jax.random.key(1), (1, 16), 0, 32)
     forward = jax.jit(rwkv_jax.forward, static_argnums=1)
     expected = forward(params, whole, tokens)[0]
-    logits, state = forward(params, small, tokens[:, :8], rwkv_jax.init_state(small, 1))
-    found = [logits]
-    for room in (16, 32):
-        logits, state = forward(
-            params,
-            replace(whole, context_length=room),
-            tokens[:, room // 2 : room],
-            inference_cost.with_room(state, room),
-        )
-        found.append(logits)
-    np.testing.assert_allclose(jnp.concatenate(found, 1), expected, atol=1e-5)
+    first, state = forward(params, small, tokens[:, :8], rwkv_jax.init_state(small, 1))
+    rest, _ = forward(params, whole, tokens[:, 8:], inference_cost.with_room(state, 16))
+    np.testing.assert_allclose(jnp.concatenate([first, rest], 1), expected, atol=1e-5)
+    assert (
+        np.abs(rest - forward(params, whole, tokens[:, 8:])[0]).max() > 0.01
+    )  # What stands in the first room matters.
 
 
 @pytest.mark.parametrize(
