@@ -17,7 +17,8 @@ from rwkv_jax import config, distributed, finetune, sharding
 from rwkv_jax.models import module_of
 from rwkv_jax.sharding import AXES, MeshConfig
 
-CONFIGS = sorted((ROOT / "experiments" / "configs").glob("*.toml"))
+FILES = sorted((ROOT / "experiments" / "configs").glob("*.toml"))
+CONFIGS = [path for path in FILES if "[study]" not in path.read_text(encoding="utf-8")]
 
 
 def abstract_mesh(data=1, fsdp=1, tensor=1, sequence=1):
