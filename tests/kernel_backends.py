@@ -42,7 +42,7 @@ def each_case(backends, cases, quick=None):
 
 
 FEW = (
-    "one_token", "ragged_end", "strongest_decay", "lengths_and_resets", "values_of_another_width", "more_keys_than_values",
+    "ragged_end", "strongest_decay", "lengths_and_resets", "values_of_another_width", "more_keys_than_values",
 )  # fmt: skip
 """What an interpreter is given in the fast tests."""
 

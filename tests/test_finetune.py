@@ -147,6 +147,7 @@ def test_a_step_moves_what_is_trained_by_its_own_gradient(model, base, method):
     assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(gradient))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [ALL, LORA, STATE], ids=["all", "lora", "state"])
 def test_accumulated_parts_give_the_step_of_the_whole_and_padding_does_not_matter(model, base, method):
     start = trained(method, model, base)
@@ -156,7 +157,7 @@ def test_accumulated_parts_give_the_step_of_the_whole_and_padding_does_not_matte
     np.testing.assert_allclose(parts_loss, whole_loss, rtol=1e-9)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_loss_is_the_mean_over_the_targets_that_count(model, base, accumulate):
     ids, lengths = tokens(model), jnp.array([5, 2, 6, 4])
     counts = jnp.array([[0, 0, 0, 1, 1, 1], [0, 1, 0, 0, 0, 0], [1, 0, 0, 0, 0, 1], [0, 0, 1, 1, 0, 1]], bool)
@@ -182,6 +183,7 @@ def test_the_loss_is_the_mean_over_the_targets_that_count(model, base, accumulat
     close(jax.tree.map(jnp.subtract, base, state.params), grads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [ALL, LORA, STATE], ids=["all", "lora", "state"])
 def test_weight_decay_shrinks_what_its_declaration_says(model, base, method):
     start = jax.tree.map(jnp.ones_like, trained(method, model, base))

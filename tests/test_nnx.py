@@ -86,6 +86,7 @@ def test_the_parts_give_the_numbers_of_the_pure_functions(config, params, part):
         equal(TimeMix(config, layer.att)(inputs, state), version.time_mix(layer.att, config, inputs, state))
 
 
+@pytest.mark.slow
 def test_training_with_nnx_gives_the_parameters_of_training_with_optax(config, params):
     ids, transform = tokens(config), optax.adam(1e-2)
     model = RWKV(config, params)

@@ -144,6 +144,7 @@ def test_gradients_of_every_parameter_equal_autograd_of_transformers(backend, sh
         assert np.linalg.norm(grad - exact) <= 1e-5 * np.linalg.norm(exact), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", [name for name in NAMES if "synthetic" in name and name != "synthetic-5v1"])
 def test_directional_derivatives_through_both_ends_of_the_state(name, backend, shared, x64):
