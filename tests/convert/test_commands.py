@@ -118,6 +118,7 @@ def test_every_version_is_within_its_rounding(version, dtype, shared, capsys):
     assert out.count(" ok") == 4  # three layers and the logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EVERY)
 def test_a_layer_that_is_wrong_is_named(name, tmp_path, monkeypatch, capsys):
     config, params = SMALL[name], random_params(SMALL[name])

@@ -150,7 +150,7 @@ def test_padding_past_length_has_no_effect_and_no_gradient(backend):
         np.testing.assert_array_equal(actual, clean)
 
 
-@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("backend", [pytest.param(b, marks=pytest.mark.slow) if "pallas" in b else b for b in HERE])
 @pytest.mark.parametrize("name", ["lengths_and_resets", "lengths_and_resets_constant_decay"])
 def test_vmap_over_every_argument_equals_a_loop(name, backend):
     def op(inputs):

@@ -153,7 +153,7 @@ def test_padding_past_length_has_no_effect_and_no_gradient(backend):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("backend", [pytest.param(b, marks=pytest.mark.slow) if "pallas" in b else b for b in HERE])
 def test_vmap_over_every_argument_equals_a_loop(backend):
     problems = [as_float32(cases.make(cases.CASES["lengths_and_resets"], seed)) for seed in range(3)]
 
