@@ -241,7 +241,7 @@ def measure(settings: Mapping[str, Any], report: Callable[[float], object]) -> d
 
     def begin() -> Any:
         # decode takes the state's arrays over, of which some of init_state's are one and the same.
-        logits, state = jnp.zeros((1, config.vocab_size)), jax.tree.map(jnp.copy, init_state(config, 1))
+        logits, state = jnp.zeros((1, config.vocab_size)), init_state(config, 1)
         return jax.block_until_ready((logits, state, jnp.zeros_like(logits), jax.random.key(settings["seed"])))
 
     carry = begin()

@@ -240,7 +240,7 @@ def init_state(config: RWKV5Config, batch_size: int, dtype=jnp.float32) -> State
     """Returns the zero state of all layers: [L, batch_size, D] twice and [L, batch_size, H, K, V]."""
     shift = jnp.zeros((config.num_layers, batch_size, config.embed_dim), dtype)
     wkv = init_wkv6_state(batch_size, config.num_heads, config.head_dim, config.head_dim, dtype)
-    return State(shift, shift, jnp.broadcast_to(wkv, (config.num_layers, *wkv.shape)))
+    return State(shift, jnp.zeros_like(shift), jnp.broadcast_to(wkv, (config.num_layers, *wkv.shape)))
 
 
 fresh_state = init_state

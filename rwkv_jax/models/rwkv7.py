@@ -306,7 +306,7 @@ def init_state(config: RWKV7Config, batch_size: int, dtype=jnp.float32) -> State
     """Returns the zero state of all layers."""
     last = jnp.zeros((config.num_layers, batch_size, config.embed_dim), dtype)
     wkv = init_wkv7_state(batch_size, config.num_heads, config.head_dim, config.head_dim, dtype)
-    return State(last, last, jnp.broadcast_to(wkv, (config.num_layers, *wkv.shape)))
+    return State(last, jnp.zeros_like(last), jnp.broadcast_to(wkv, (config.num_layers, *wkv.shape)))
 
 
 def init_depth(config: RWKV7Config, x: Float[Array, "B T D"]) -> Depth:

@@ -203,7 +203,7 @@ def fresh_state(config: TransformerConfig, batch_size: int, dtype=jnp.float32) -
 
 def _empty(config: TransformerConfig, batch_size: int, dtype, room: int) -> State:
     kept = jnp.zeros((config.num_layers, batch_size, room, config.num_heads, config.head_dim), dtype)
-    return State(kept, kept, jnp.zeros((config.num_layers, batch_size), dtype))
+    return State(kept, jnp.zeros_like(kept), jnp.zeros((config.num_layers, batch_size), dtype))
 
 
 def embed_tokens(params: Params, tokens: Int[Array, "B T"], dtype) -> Float[Array, "B T D"]:
