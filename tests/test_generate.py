@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_models import SMALL
 
-from rwkv_jax import RWKV4Config, forward, generate, init
+from rwkv_jax import RWKV4Config, forward, generate, init, init_state
 from rwkv_jax.generate import Sampling, decode, prefill, sample, stream
 from rwkv_jax.text import get_tokenizer
 
@@ -329,3 +330,10 @@ def test_rows_of_the_head_that_the_tokenizer_has_no_id_for_are_never_drawn():
     params = random_params(config)
     params = params._replace(head=params.head.at[:, 256:].set(0.0).at[0, 256:].set(1e4))
     assert isinstance("".join(stream(params, config, BYTES, "a", max_tokens=40)), str)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_first_state_can_be_donated_as_decode_does(name):
+    state = init_state(SMALL[name], 2)
+    jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)(state)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
