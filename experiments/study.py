@@ -85,7 +85,10 @@ def study_program(kind: type[Settings], program: str) -> Iterator[Settings]:
 
 
 def compute_cells(
-    study: StudyConfig, cells: Sequence[Cell], compute: Callable[[Cell, Advance], Any]
+    study: StudyConfig,
+    cells: Sequence[Cell],
+    compute: Callable[[Cell, Advance], Any],
+    where: Callable[[Cell], Mapping[str, str]] = lambda cell: environment(),
 ) -> dict[str, Finished]:
     """Returns all cells by name, those computed that were not yet; progress and the time left are shown.
 
@@ -93,6 +96,7 @@ def compute_cells(
         study: Its folder gets a file for each cell, whole or not at all.
         cells: In the order in which they are computed.
         compute: Gives a cell's result, in JSON's types, and reports how far it is.
+        where: Gives the environment that a cell was just computed in.
 
     Raises:
         ConfigError: A finished cell has the name but not the settings; the fields that differ are listed.
@@ -124,7 +128,7 @@ def compute_cells(
                 begin = time.perf_counter()
                 result = compute(cell, advance)
                 advance(1)
-                done[cell.name] = Finished(result, time.perf_counter() - begin, environment())
+                done[cell.name] = Finished(result, time.perf_counter() - begin, where(cell))
                 row = {"name": cell.name, "settings": cell.settings, **done[cell.name]._asdict()}
                 write_whole(folder / f"{cell.name}.json", json.dumps(row, indent=1, allow_nan=False) + "\n")
     return {cell.name: done[cell.name] for cell in cells}
@@ -174,15 +178,19 @@ def write_whole(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def environment() -> dict[str, str]:
-    """Returns versions, cores and devices, and the commit of the code (unknown: not a git checkout), marked if it was changed."""
+def environment(devices: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Returns versions, cores and devices, and the commit of the code (unknown: not a git checkout), marked if it was changed.
+
+    Args:
+        devices: What run_log.environment says where a cell was computed; None: this process, which takes hold of its devices.
+    """
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True, check=False).returncode != 0
     except (OSError, subprocess.CalledProcessError):
         commit, changed = "unknown", False
-    return {**run_log.environment(), "commit": commit + (" and changes" if changed else "")}
+    return {**(devices or run_log.environment()), "commit": commit + (" and changes" if changed else "")}
 
 
 class Estimate(NamedTuple):
@@ -227,16 +235,17 @@ def verdict(
         lower_is_better: Whether a smaller value is a better one.
         paired: Whether equal places have equal seeds.
     """
+    unit = f" {unit}" if unit else ""
     pairs = np.subtract(a_values, b_values).tolist() if paired else []
     difference = estimate(pairs, confidence) if paired else _welch(a_values, b_values, confidence)
     shown = f"{a} - {b} = {difference.mean:+.4f}"
     if not math.isfinite(difference.half_width):
-        return f"{a} and {b}: not resolved ({shown} {unit}, one seed)"
-    shown = f"{shown} ± {difference.half_width:.4f} {unit}"
+        return f"{a} and {b}: not resolved ({shown}{unit}, one seed)"
+    shown = f"{shown} ± {difference.half_width:.4f}{unit}"
     if abs(difference.mean) <= difference.half_width:
         return f"{a} and {b}: not resolved ({shown})"
     better = a if (difference.mean < 0) == lower_is_better else b
-    return f"{better} is better than {b if better == a else a} by {abs(difference.mean):.4f} {unit} ({shown})"
+    return f"{better} is better than {b if better == a else a} by {abs(difference.mean):.4f}{unit} ({shown})"
 
 
 def _welch(a_values: Sequence[float], b_values: Sequence[float], confidence: float) -> Estimate:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from report import RESULT
-from study import Advance, Cell, Finished, StudyConfig, compute_cells, locked, write_whole
+from study import Advance, Cell, Finished, StudyConfig, compute_cells, environment, locked, write_whole
 
 from rwkv_jax import config, run_log
 from rwkv_jax.lm import count_params, flops_per_token
@@ -221,7 +221,12 @@ def curves(folder: Path, settings: config.Settings, training: Sequence[Mapping[s
 
 def train_all(study: StudyConfig, cells: Sequence[Cell]) -> dict[str, Finished]:
     """Returns all cells, those trained that are not finished; as `compute_cells`."""
-    return compute_cells(study, cells, lambda cell, advance: train_cell(study, cell, advance))
+
+    def where(cell: Cell) -> dict[str, str]:
+        # As the run wrote it: this process leaves the devices to it.
+        return environment(json.loads((run_folder(study, cell.name) / run_log.ENVIRONMENT).read_text()))
+
+    return compute_cells(study, cells, lambda cell, advance: train_cell(study, cell, advance), where)
 
 
 def choose_rates(

@@ -19,6 +19,7 @@ from .models import ARCHITECTURES, Config
 from .optim import OptimConfig
 from .sharding import MeshConfig
 from .text import DataConfig
+from .text.tasks import QuestionsConfig
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that `experiments/train.py --cfg` reads, a section each."""
+    """Everything that `--cfg` of experiments/train.py and experiments/finetune_qa.py reads, a section each."""
 
     model: Config
     data: DataConfig
@@ -75,8 +76,13 @@ class Settings:
     run: RunConfig
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    questions: QuestionsConfig = field(default_factory=QuestionsConfig)
 
     def __post_init__(self):
+        if self.questions.task is not None and self.data.documents != "rows":
+            raise ValueError(
+                f"data.documents is {self.data.documents!r}; every question is a row of its own: set it to 'rows'"
+            )
         context, segment = self.data.context_length, self.optim.segment or self.data.context_length
         window = segment * (self.optim.bptt or max(context // segment, 1))
         if context % segment or context % window:
@@ -272,6 +278,7 @@ def _sections(architecture: str) -> dict[str, type]:
         "run": RunConfig,
         "finetune": FinetuneConfig,
         "mesh": MeshConfig,
+        "questions": QuestionsConfig,
     }
 
 

@@ -1,17 +1,13 @@
 """Questions with given answers: which choice continues a text, or fills a blank in it, most likely."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from .models import Config
 from .score import BatchSize, Request, score
 from .text.prompt import FirstToken, encode_context, encode_pair
+from .text.questions import Completion, Item, Normalise, Question
 from .text.tokenizers import Tokenizer
-
-Normalise = Literal["none", "tokens", "bytes", "unconditional"]
-"""What a choice's log-likelihood is made comparable by: nothing; divided by its tokens, or by its bytes; or less the log-likelihood
-that it has without the text, which takes away how common the choice is."""
 
 
 class Answer(NamedTuple):
@@ -21,54 +17,6 @@ class Answer(NamedTuple):
     """Of the choice with the greatest score; of equal ones the first."""
     scores: tuple[float, ...]
     """Of each choice, in nats, normalised."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """A text and the choices of what follows it, or of what fills the blank in it."""
-
-    text: str
-    choices: Sequence[str]
-    blank: str | None = None
-    """What marks the blank in the text; none: the choice follows the text."""
-    separator: str = " "
-    """Between the text and the choice that follows it."""
-    gold: int | None = None
-    """Index of the right choice, where it is known."""
-
-    def __post_init__(self):
-        object.__setattr__(self, "choices", tuple(self.choices))  # Hashable, and no one else's list.
-        if len(self.choices) < 2:
-            raise ValueError(f"choices is {list(self.choices)}; give at least two")
-        if "" in self.choices:
-            raise ValueError(f"choice {self.choices.index('')} is empty; each must have some text")
-        for i, choice in enumerate(self.choices):
-            if choice in self.choices[:i]:
-                raise ValueError(f"choices {self.choices.index(choice)} and {i} are both {choice!r}; leave one out")
-        if self.gold is not None and not 0 <= self.gold < len(self.choices):
-            raise ValueError(
-                f"gold is {self.gold}; with {len(self.choices)} choices it must be 0 to {len(self.choices) - 1}"
-            )
-        if self.blank is not None:
-            if not self.blank:
-                raise ValueError("blank is empty; give the mark that stands for it, such as '_'")
-            if (found := self.text.count(self.blank)) != 1:
-                raise ValueError(
-                    f"the text has {found or 'no'} {'blanks' if found else 'blank'} {self.blank!r}; it must have one "
-                    "(blank= names another mark)"
-                )
-
-    @property
-    def context(self) -> str:
-        """What stands before the choice."""
-        return self.text if self.blank is None else self.text.partition(self.blank)[0]
-
-    @property
-    def continuations(self) -> tuple[str, ...]:
-        """What is scored of each choice: with a blank, the rest of the text belongs to it."""
-        before = self.separator if self.blank is None else ""
-        after = "" if self.blank is None else self.text.partition(self.blank)[2]
-        return tuple(before + choice + after for choice in self.choices)
 
 
 def answer(
@@ -139,6 +87,7 @@ def answer_all(
     first_token: FirstToken = "newline",
     batch_size: BatchSize = "auto",
     start: Any = None,
+    backend: str | None = None,
 ) -> list[Answer]:
     """Returns the answers to many questions, scored together; arguments and errors as in `answer` and `score.score`."""
     if normalise not in ("none", "tokens", "bytes", "unconditional"):
@@ -151,7 +100,7 @@ def answer_all(
         # The same tokens as after the text, without it.
         nothing = encode_context(tokenizer, "", first_token)
         alone = [Request(nothing, request.continuation) for request in requests]
-    found = score(params, config, [*requests, *alone], batch_size=batch_size, start=start)
+    found = score(params, config, [*requests, *alone], batch_size=batch_size, start=start, backend=backend)
     values = [one.log_likelihood for one in found[: len(requests)]]
     if normalise == "tokens":
         values = [value / len(request.continuation) for value, request in zip(values, requests, strict=True)]
@@ -170,6 +119,40 @@ def answer_all(
         at += len(question.choices)
         answers.append(Answer(scores.index(max(scores)), scores))
     return answers
+
+
+def right(
+    params: Any,
+    config: Config,
+    tokenizer: Tokenizer,
+    items: Sequence[Item],
+    *,
+    normalise: Normalise = "none",
+    first_token: FirstToken = "newline",
+    batch_size: BatchSize = "auto",
+    start: Any = None,
+    backend: str | None = None,
+) -> list[bool]:
+    """Returns whether each item is answered rightly: by its gold choice, or, where it has no choices, whether every token of the
+    answer is the most likely one.
+
+    Args and Raises: as in `answer_all`; normalise is for choices alone.
+    """
+    check_tokenizer(tokenizer, config)
+    asked = [item.question for item in items if isinstance(item.question, Question)]
+    ends = [item.question for item in items if isinstance(item.question, Completion)]
+    answers = iter(
+        answer_all(
+            params, config, tokenizer, asked, normalise=normalise, first_token=first_token, batch_size=batch_size,
+            start=start, backend=backend,
+        )
+    )  # fmt: skip
+    requests = [Request(*encode_pair(tokenizer, end.context, end.answer, first_token)) for end in ends]
+    scores = iter(score(params, config, requests, batch_size=batch_size, start=start, backend=backend))
+    return [
+        next(answers).index == item.question.gold if isinstance(item.question, Question) else next(scores).is_greedy
+        for item in items
+    ]
 
 
 def check_tokenizer(tokenizer: Tokenizer, config: Config) -> None:

@@ -123,6 +123,7 @@ def train_step(
     reset: Bool[Array, "B T"] | None,
     length: Int[Array, "B"] | None = None,
     frozen: Any = None,
+    counts: Bool[Array, "B T"] | None = None,
     *,
     config: Config,
     optimizer: optax.GradientTransformation,
@@ -143,6 +144,7 @@ def train_step(
         reset: True where a document starts; None: nowhere.
         length: Tokens of each row that count, the loss being their mean; None: all.
         frozen: What `assemble` takes beside what is trained.
+        counts: Which of those tokens' targets the loss is the mean over, such as an answer's; None: all.
         config: The model's.
         optimizer: From `make_optimizer`.
         l2wrap: As in `language_model_loss`.
@@ -210,8 +212,9 @@ def train_step(
         return *jax.tree.map(lambda x: x * (window / num_tokens), total), state
 
     weights = None
-    if length is not None:
-        valid = jnp.arange(num_tokens) < length[:, None]
+    if length is not None or counts is not None:
+        valid = jnp.ones(inputs.shape, bool) if length is None else jnp.arange(num_tokens) < length[:, None]
+        valid = valid if counts is None else valid & counts
         weights = accumulate * (num_tokens // segment) * valid / valid.sum()
     batch = (inputs, targets, reset, length, weights)
     memory = jax.tree.map(lambda x: x.astype(wide), train_state.memory)

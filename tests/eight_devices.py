@@ -4,8 +4,12 @@
 """
 
 import json
+import os
 import sys
 from functools import partial
+
+if "device_count" not in os.environ.get("XLA_FLAGS", ""):  # Of a CPU, eight are made.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
 import jax
 import jax.numpy as jnp

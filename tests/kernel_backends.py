@@ -9,9 +9,10 @@ SLOWEST = "mosaic_gpu_interpreted"
 """It goes through Python for every access to memory."""
 
 
-def on_this_device(backends):
-    """Names of the backends that run here: kernels compiled where they can be, interpreted everywhere."""
-    return [name for name, backend in backends.items() if not backend.why_not(dispatch.here())]
+def on_this_device(backends, dtype=None):
+    """Names of the backends that run here (on a dtype): kernels compiled where they can be, interpreted everywhere."""
+    call = dispatch.here(dtype=dtype and jnp.dtype(dtype).name)
+    return [name for name, backend in backends.items() if not backend.why_not(call)]
 
 
 def beside_the_oracle(backends):
@@ -28,11 +29,13 @@ def each_case(backends, cases, quick=None):
     """(case, backend, dtypes) for every backend beside the oracle; slow are cases not in `quick`, and for an interpreter most."""
     low = [jnp.float32, jnp.bfloat16]
     params = []
+    in_float64 = on_this_device(backends, jnp.float64)
     for backend in beside_the_oracle(backends):
         slowly = backend in interpreted(backends)
         for case in cases:
             fast = case in (quick or cases) and (not slowly or case in FEW)
-            for dtypes, is_fast in [([jnp.float64], fast), (low, False)] if slowly else [([jnp.float64, *low], fast)]:
+            parts = [([jnp.float64], fast), (low, False)] if slowly else [([jnp.float64, *low], fast)]
+            for dtypes, is_fast in parts if backend in in_float64 else [(low, fast)]:
                 name = f"{case}-{backend}-{'-'.join(jnp.dtype(dtype).name for dtype in dtypes)}"
                 params.append(pytest.param(case, backend, dtypes, marks=() if is_fast else pytest.mark.slow, id=name))
     return params

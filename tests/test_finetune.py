@@ -134,6 +134,7 @@ def test_an_unknown_target_is_refused_with_those_there_are(model):
         finetune.declare(replace(LORA, lora_targets=("key", "query")), model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [LORA, STATE], ids=["lora", "state"])
 def test_a_step_moves_what_is_trained_by_its_own_gradient(model, base, method):
     start, assemble = trained(method, model, base), finetune.assembler(method, model)
@@ -153,6 +154,32 @@ def test_accumulated_parts_give_the_step_of_the_whole_and_padding_does_not_matte
     parts, parts_loss = update(method, model, base, start, optax.sgd(1.0), accumulate=2, padding=3)
     close(parts, whole)
     np.testing.assert_allclose(parts_loss, whole_loss, rtol=1e-9)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_loss_is_the_mean_over_the_targets_that_count(model, base, accumulate):
+    ids, lengths = tokens(model), jnp.array([5, 2, 6, 4])
+    counts = jnp.array([[0, 0, 0, 1, 1, 1], [0, 1, 0, 0, 0, 0], [1, 0, 0, 0, 0, 1], [0, 0, 1, 1, 0, 1]], bool)
+    optimizer = optax.sgd(1.0)
+    state = train.TrainState(jnp.zeros((), jnp.int32), base, optimizer.init(base), jax.random.key(0))
+    state, metrics = jax.jit(
+        lambda state: train.train_step(
+            state, ids[:, :-1], ids[:, 1:], None, lengths, counts=counts, config=model, optimizer=optimizer, l2wrap=0.0,
+            accumulate=accumulate,
+        )
+    )(state)  # fmt: skip
+
+    def answers(params):
+        total, number = 0.0, 0
+        for row, length in enumerate(lengths):
+            log_p = jax.nn.log_softmax(rwkv_jax.forward(params, model, ids[row : row + 1], backend="scan")[0][0])
+            for at in np.flatnonzero(counts[row, :length]):
+                total, number = total - log_p[at, ids[row, at + 1]], number + 1
+        return total / number
+
+    expected, grads = jax.value_and_grad(answers)(base)
+    close(metrics.loss, expected)
+    close(jax.tree.map(jnp.subtract, base, state.params), grads)
 
 
 @pytest.mark.parametrize("method", [ALL, LORA, STATE], ids=["all", "lora", "state"])

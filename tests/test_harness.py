@@ -25,7 +25,26 @@ FILES = {
     "arc_challenge": ("arc_challenge_test.jsonl", 12),
     "piqa": ("piqa_val.jsonl", 12),
     "winogrande": ("winogrande_xl_val.jsonl", 12),
+    "sciq": ("sciq_test.jsonl", 2),
 }
+SCIQ = [
+    {
+        "question": "What do cells divide by?",
+        "support": " Body cells divide by mitosis.",
+        "distractor1": "osmosis",
+        "distractor2": "fission",
+        "distractor3": "meiosis",
+        "correct_answer": "mitosis",
+    },
+    {
+        "question": "Ice is what kind of matter?",
+        "support": "",
+        "distractor1": "gas",
+        "distractor2": "liquid",
+        "distractor3": "plasma",
+        "correct_answer": "solid",
+    },
+]
 
 
 @cache
@@ -51,6 +70,8 @@ def datasets_cache(tmp_path_factory):
 
 def first(shared, name):
     """The items of a task that the tests use."""
+    if name == "sciq":
+        return SCIQ
     file, limit = FILES[name]
     return [json.loads(line) for line in (shared / "data" / file).read_text().splitlines()[:limit]]
 
@@ -112,11 +133,17 @@ def plain_metrics(model, items):
         "arc_easy": [(i["question"], i["choices"], i["gold"]) for i in items["arc_easy"]],
         "arc_challenge": [(i["question"], i["choices"], i["gold"]) for i in items["arc_challenge"]],
         "piqa": [(i["goal"], [i["sol1"], i["sol2"]], i["label"]) for i in items["piqa"]],
+        "sciq": [
+            (i["question"], [i[f"distractor{n}"] for n in (1, 2, 3)] + [i["correct_answer"]], 3) for i in items["sciq"]
+        ],
     }
+    support = {item["question"]: item["support"].lstrip() + "\n" for item in items["sciq"]}
     for name, questions in asked.items():
         right, right_by_length = [], []
         for text, choices, gold in questions:
-            values = np.array([score(f"Question: {text}\nAnswer:", f" {choice}")[0] for choice in choices])
+            values = np.array(
+                [score(f"{support.get(text, '')}Question: {text}\nAnswer:", f" {choice}")[0] for choice in choices]
+            )
             right.append(values.argmax() == gold)
             right_by_length.append((values / [len(choice) for choice in choices]).argmax() == gold)
         found[name] = {"acc": np.mean(right), "acc_norm": np.mean(right_by_length)}
@@ -231,7 +258,10 @@ def test_arguments_that_do_not_fit_are_refused(model, arguments, message, unchec
         ("", "--tasks is empty; give names such as arc_challenge,arc_easy"),
         ("arc_esy", "there is no task 'arc_esy'; the nearest are arc_easy"),
         ("piqa", "piqa_val.jsonl: no such file; the task piqa reads it from --data"),
-        ("sciq", "sciq: its data is not here and could not be fetched, which needs a network"),
+        (
+            "arc_challenge_chat",
+            "arc_challenge_chat: its data is not here and could not be fetched, which needs a network",
+        ),
     ],
 )
 def test_a_task_that_cannot_be_run_is_refused_before_the_model_is_loaded(

@@ -72,7 +72,16 @@ def test_imports_are_found_in_every_form():
 @pytest.mark.parametrize("name", part("rwkv_kernels"))
 def test_kernels_import_only_jax_numpy_jaxtyping_and_the_standard_library(name):
     foreign = {found.partition(".")[0] for found in imports(name)} - sys.stdlib_module_names
-    assert foreign <= {"rwkv_kernels", "jax", "numpy", "jaxtyping"}
+    optional = {"triton", "jax_triton"} if "triton" in name.rpartition(".")[2] else set()
+    assert foreign <= {"rwkv_kernels", "jax", "numpy", "jaxtyping"} | optional
+
+
+def test_only_kernels_that_nothing_imports_until_they_run_import_triton_at_their_top():
+    kernels = {name for name in part("rwkv_kernels") if name.endswith(".triton")}
+    assert kernels
+    for name in set(MODULES) - kernels:
+        assert not kernels & imports(name), name
+        assert not {"triton", "jax_triton"} & {x.partition(".")[0] for x in imports(name, lazy=False)}, name
 
 
 @pytest.mark.parametrize("name", part("rwkv_kernels"))
@@ -180,5 +189,7 @@ def test_importing_the_package_starts_no_device_and_loads_no_heavy_dependency():
         "tensorflow",
         "tqdm",
         "lm_eval",
+        "triton",
+        "jax_triton",
     }
     assert not loaded & heavy

@@ -89,6 +89,7 @@ def test_l2wrap_adds_upstreams_gradient_to_each_largest_logit(x64):
     np.testing.assert_allclose(gradient, expected / (batch_size * num_tokens), rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_accumulating_gradients_changes_no_update(x64):
     # SGD, because Adam's first step would hide a gradient of the wrong size; float64, to leave no doubt.
     optimizer = optax.sgd(0.1)

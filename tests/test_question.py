@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 import rwkv_jax
-from rwkv_jax.question import Question, answer_all
+from rwkv_jax.question import Question, answer_all, right
 from rwkv_jax.text import get_tokenizer
 from rwkv_jax.text.prompt import encode_context, encode_pair
+from rwkv_jax.text.questions import Completion, Item
 
 BYTES = get_tokenizer("bytes")
 MODEL = rwkv_jax.RWKV4Config(vocab_size=256, num_layers=1, embed_dim=16, tokenizer="bytes", remat="none")
@@ -146,3 +147,21 @@ def test_white_space_at_the_end_of_a_context_is_scored_with_what_follows(context
 def test_an_empty_continuation_is_refused():
     with pytest.raises(ValueError, match="the continuation of 'a' is empty"):
         encode_pair(BYTES, "a", "")
+
+
+def test_items_are_right_by_their_choice_or_by_every_token_of_the_answer(params):
+    question = Question("Who sat?", CHOICES, gold=0)
+    best = answer_all(params, MODEL, BYTES, [question])[0].index
+    greedy = list(b"\nThe")
+    for _ in range(3):
+        logits = rwkv_jax.forward(params, MODEL, jnp.asarray([greedy]))[0][0, -1]
+        greedy.append(int(jnp.argmax(logits[:128])))
+    ends = bytes(greedy[4:]).decode()
+    likely = [int(jnp.argmax(rwkv_jax.forward(params, MODEL, jnp.asarray([greedy[:n]]))[0][0, -1])) for n in (4, 5, 6)]
+    items = [
+        Item("a", Question("Who sat?", CHOICES, gold=best)),
+        Item("b", Completion("The", ends)),
+        Item("c", Question("Who sat?", CHOICES, gold=(best + 1) % 3)),
+        Item("d", Completion("The", "~~~" if ends != "~~~" else "!!!")),
+    ]
+    assert right(params, MODEL, BYTES, items) == [True, likely == greedy[4:], False, False]

@@ -79,7 +79,7 @@ def test_the_chunked_loss_holds_no_more_for_a_longer_text():
     assert sizes[1] - sizes[0] < 960 * 4096  # One byte for each logit more; the logits would be four and more.
 
 
-@pytest.mark.parametrize("length", [None, [24, 13]])
+@pytest.mark.parametrize("length", [pytest.param(None, marks=pytest.mark.slow), [24, 13]])
 def test_segments_give_the_gradient_of_the_whole_row(length, x64):
     state, batch, step = start(SMALL["rwkv4"])
     batch = (*batch, length if length is None else jnp.array(length))
@@ -89,6 +89,7 @@ def test_segments_give_the_gradient_of_the_whole_row(length, x64):
     assert_close(own, metrics)
 
 
+@pytest.mark.slow
 def test_truncated_backpropagation_is_the_mean_gradient_of_segments_from_states_held_fixed(x64):
     config = SMALL["rwkv4"]
     state, (inputs, targets, reset), step = start(config)
@@ -110,6 +111,7 @@ def test_truncated_backpropagation_is_the_mean_gradient_of_segments_from_states_
     assert abs(optax.tree.norm(found) - optax.tree.norm(gradient(state, (inputs, targets, reset), step)[0])) > 1e-6
 
 
+@pytest.mark.slow
 def test_a_window_of_two_segments_reaches_back_over_both(x64):
     config = SMALL["rwkv4"]
     state, batch, step = start(config)
@@ -119,6 +121,7 @@ def test_a_window_of_two_segments_reaches_back_over_both(x64):
     assert_close(parts, whole, rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_truncated_backpropagation_holds_no_more_for_a_longer_row():
     config = SMALL["rwkv4"]
     optimizer = optax.sgd(1.0)

@@ -46,7 +46,7 @@ def run(arguments):
     ],
 )  # fmt: skip
 def test_eight_devices_train_and_generate_as_one_and_exchange_what_they_must(name, meshes):
-    """The other pairs: `XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/eight_devices.py rwkv7`."""
+    """The other pairs: `python tests/eight_devices.py rwkv7`."""
     found = json.loads(run([str(Path(__file__).with_name("eight_devices.py")), name, *meshes]))
     assert list(found) == meshes
     for kind, result in found.items():

@@ -12,7 +12,8 @@ from rwkv_jax.lm import flops_per_token
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "experiments" / "configs").glob("*.toml"))
-SHIPPED = [path.name for path in FILES if "experiments/train.py --cfg" in path.read_text(encoding="utf-8")]
+TRAINS = re.compile(r"^# +python experiments/(?:train|finetune_qa)\.py (.*)$", re.MULTILINE)
+SHIPPED = [path.name for path in FILES if TRAINS.search(path.read_text(encoding="utf-8"))]
 STUDIES = [path.name for path in FILES if path.name not in SHIPPED]
 
 # arXiv 2305.13048 (EMNLP text), tables 2 and 3: layers, width, parameters, forward FLOP a token, initial and
@@ -45,7 +46,7 @@ def read(monkeypatch):
     def read(name):
         monkeypatch.chdir(ROOT)
         text = Path("experiments", "configs", name).read_text(encoding="utf-8")
-        command = re.search(r"^# +python experiments/train\.py (.*)$", text, re.MULTILINE)
+        command = TRAINS.search(text)
         assert command, "the config does not say how to run it"
         arguments = shlex.split(command[1])
         assert arguments[:2] == ["--cfg", f"experiments/configs/{name}"]

@@ -64,7 +64,7 @@ def main() -> None:
         return
     rows = []
     print(
-        f"{'kernel':16s} {'backend':10s} {'target':7s} {'head':>5s} {'dtype':9s} {'registers':>9s} {'spilled bytes':>13s}"
+        f"{'kernel':20s} {'backend':10s} {'target':7s} {'head':>5s} {'dtype':9s} {'registers':>9s} {'spilled bytes':>13s}"
     )
     for case in CASES:
         if all(
@@ -74,7 +74,7 @@ def main() -> None:
             for row in report(case):
                 rows.append(row)
                 registers, spilled = row.get("registers", "-"), row.get("spilled_bytes", "-")
-                where = f"{row['kernel']:16s} {case.backend:10s} {case.target:7s} {case.head_dim:5d} {case.dtype:9s}"
+                where = f"{row['kernel']:20s} {case.backend:10s} {case.target:7s} {case.head_dim:5d} {case.dtype:9s}"
                 print(f"{where} {registers:>9} {spilled:>13}", flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
@@ -98,7 +98,7 @@ def report(case: Case) -> list[dict[str, Any]]:
 
 
 def compile_case(case: Case, dump: str) -> None:
-    """Compiles the gradient of an op, which holds both of its kernels, at T 4096, D 4096, and B 8 (on a TPU, with less memory, 1)."""
+    """Compiles the gradient of an op, which holds all of its kernels, at T 4096, D 4096, and B 8 (on a TPU, with less memory, 1)."""
     import os
 
     hardware.prepare()
@@ -139,7 +139,10 @@ def compile_case(case: Case, dump: str) -> None:
 def _assemble(file: Path) -> tuple[str, dict[str, int]] | None:
     """A WKV kernel's name and what ptxas says of it; None for XLA's own kernels."""
     text = file.read_text()
-    name, arch = re.search(r"\.entry (wkv\d_(?:forward|backward))", text), re.search(r"\.target (\w+)", text)
+    name, arch = (
+        re.search(r"\.entry (wkv\d_(?:forward|backward(?:_state|_chunks)?))", text),
+        re.search(r"\.target (\w+)", text),
+    )
     if name is None or arch is None:
         return None
     report = file.with_suffix(".ptxas")  # Mosaic GPU has a newer ptxas of its own, and writes down what that said.

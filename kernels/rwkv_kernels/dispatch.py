@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from . import hardware
 
@@ -24,7 +25,7 @@ class Call(NamedTuple):
     num_tokens: int | None = None
     """A row; None for any."""
     dtype: str | None = None
-    """Of the tokens; None for any."""
+    """Of the tokens, or float64 where the state or a parameter is; None for any."""
 
 
 class Backend(NamedTuple):
@@ -51,6 +52,11 @@ def here(head_dim: int = 0, num_tokens: int | None = None, dtype: str | None = N
     return Call(_platform(device), float(device.compute_capability) if nvidia else None, head_dim, num_tokens, dtype)
 
 
+def widest(tokens: Any, computed: Any) -> str:
+    """Returns a call's dtype: float64 if it is computed in that, as it is for a float64 state of float32 tokens; else the tokens'."""
+    return jnp.dtype(computed if jnp.dtype(computed) == jnp.float64 else tokens).name
+
+
 def _platform(device: Any) -> str:
     return "gpu" if device.platform in ("cuda", "rocm") else device.platform
 
@@ -73,13 +79,18 @@ def heads_fit(kernels_for: str, call: Call) -> str | None:
     return None
 
 
-def triton_gpu(call: Call) -> str | None:
-    """The `why_not` of Pallas kernels that Triton compiles."""
+def ampere(call: Call) -> str | None:
+    """Returns why the device is no GPU that Triton compiles for, or None where it is one."""
     if call.platform != "gpu":
         return f"needs a GPU, and the device in use is a {call.platform}"
     if call.capability is not None and call.capability < 8:
         return f"needs an NVIDIA GPU of compute capability 8.0 (Ampere) or later; this one has {call.capability}"
-    return _cannot_import("jax.experimental.pallas.triton") or heads_fit("gpu", call)
+    return None
+
+
+def triton_gpu(call: Call) -> str | None:
+    """The `why_not` of Pallas kernels that Triton compiles."""
+    return ampere(call) or _cannot_import("jax.experimental.pallas.triton") or heads_fit("gpu", call)
 
 
 def mosaic_gpu(call: Call) -> str | None:
@@ -90,7 +101,7 @@ def mosaic_gpu(call: Call) -> str | None:
         found = "that of the one in use is not known" if call.capability is None else f"this one has {call.capability}"
         return f"needs the shared memory of an NVIDIA GPU of compute capability 9.0 (Hopper) to 11, and {found}"
     if call.dtype == "float64":
-        return "holds tokens in bfloat16, float16 or float32, and these are float64"
+        return "holds tokens in bfloat16, float16 or float32, and an input is float64"
     return _cannot_import("jax.experimental.pallas.mosaic_gpu") or heads_fit("gpu", call)
 
 
@@ -104,7 +115,7 @@ def tpu(call: Call) -> str | None:
     if call.platform != "tpu":
         return f"needs a TPU, and the device in use is a {call.platform}"
     if call.dtype in ("float16", "float64"):
-        return f"holds tokens in bfloat16 or float32, and these are {call.dtype}"
+        return f"holds tokens in bfloat16 or float32, and an input is {call.dtype}"
     return _cannot_import("jax.experimental.pallas.tpu") or heads_fit("tpu", call)
 
 

@@ -8,6 +8,7 @@ pulled back (`jax.vjp`, inside the kernel).
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
@@ -42,6 +43,8 @@ class Recurrence(NamedTuple):
     """Whether a chunk is handed over token by token, because its tokens depend on each other."""
     split: int | None
     """Which array of tokens has value channels, which the rows of the state and y share and which do not mix; None: none."""
+    products: "Products | None" = None
+    """What its chunk is made of, if it is `of_products`."""
     step: Step | None = None
     """One token of an op whose state is a matrix, for kernels that hold it in registers."""
 
@@ -88,6 +91,88 @@ def dot(a: Array, b: Array, contract: tuple[int, int] = (1, 0)) -> Array:
     """Returns the product of two matrices over an axis of each, without rounding to fewer digits."""
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
     return lax.dot_general(a, b, dimensions, precision=lax.Precision.HIGHEST, preferred_element_type=a.dtype)
+
+
+class Factors(NamedTuple):
+    """What a piece of P key channels contributes to a chunk."""
+
+    reads: tuple[Array, ...]
+    """What tokens read from the state before the chunk with, [C, P] each."""
+    writes: tuple[Array, ...]
+    """What carries to the state what `mix` makes of the values, [C, P] each."""
+    kept: Array
+    """What the state before the chunk is multiplied by, [1, P]."""
+    scores: tuple[Array, ...]
+    """Sums over the piece's channels for pairs of tokens, [C, C], or for each token alone, [C, 1]."""
+
+
+class Masks(NamedTuple):
+    """Which tokens see the states at a chunk's ends, where there are resets; else None."""
+
+    from_start: Array | None
+    """Those before the chunk's first reset [C, 1]."""
+    to_end: Array | None
+    """Those after its last [C, 1]."""
+    through: Array | None
+    """Whether there is none."""
+
+
+def masks(marks: Any) -> Masks:
+    """Returns the masks of a chunk's marks, which count its sequences."""
+    if marks is None:
+        return Masks(None, None, None)
+    sequence, _ = marks
+    end = sequence.max()
+    return Masks(sequence == 0, sequence == end, end == 0)
+
+
+def masked(mask: Array | None, x: Array) -> Array:
+    """Returns x, and 0 where a mask is False."""
+    return x if mask is None else jnp.where(mask, x, 0)
+
+
+class Products(NamedTuple):
+    """A chunk that meets its state S in products of matrices only, as two functions.
+
+    found = reads S^T      y, written = mix(scores, found, v)      S <- kept S + written^T writes
+    """
+
+    factors: Callable[..., Factors]
+    """factors(tokens, shared) -> Factors, of a piece of key channels: [C, P] and [1, P] each."""
+    mix: Callable[..., Any]
+    """mix(scores, found, v, marks) -> (y, written), of a block of values: v, y and each of found and written [C, V]."""
+    split: int
+    """Which array of tokens is v."""
+
+
+def of_products(name: str, products: Products, *, num_tokens: int, step: Step | None = None) -> Recurrence:
+    """Returns the recurrence whose chunk two functions make; its chunk also takes the scores, if they have been summed before.
+
+    Args:
+        name: Of the op.
+        products: The functions.
+        num_tokens: C.
+        step: As in `Recurrence`.
+    """
+    factors, mix, split = products
+
+    def chunk(tokens, shared, state, marks, scores=None):
+        keys, ends = (*tokens[:split], *tokens[split + 1 :]), masks(marks)
+        summed, found, left = None, None, []
+        for *own, state_p in zip(*keys, *shared, *state, strict=True):
+            reads, writes, kept, scores_p = factors(tuple(own[: len(keys)]), tuple(own[len(keys) :]))
+            summed, found = _plus(summed, scores_p), _plus(found, tuple(dot(x, state_p, (1, 1)) for x in reads))
+            left.append((masked(ends.through, kept * state_p), [masked(ends.to_end, x) for x in writes]))
+        found = tuple(masked(ends.from_start, x) for x in found or ())
+        y, written = mix(summed if scores is None else scores, found, tokens[split], marks)
+        new = (sum((dot(x, g, (0, 0)) for x, g in zip(written, writes, strict=True)), start) for start, writes in left)
+        return y, (tuple(new),)
+
+    return Recurrence(name, chunk, num_tokens, by_row=False, split=split, step=step, products=products)
+
+
+def _plus(total: Any, more: Any) -> Any:
+    return more if total is None else jax.tree.map(jnp.add, total, more)
 
 
 class Grid(NamedTuple):

@@ -18,18 +18,22 @@ class Block(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """The cuts of an op's two kernels."""
+    """The cuts of an op's kernels."""
 
     forward: Block
     backward: Block
+    """Of the walk from the last chunk to the first."""
+    chunk: Block | None = None
+    """Of the kernel that pulls back all chunks at once; None where the walk does so."""
 
 
 _SIZES = {
     ("wkv4", 64): Sizes(Block(2), Block(2)),
-    ("wkv6", 64): Sizes(Block(8, 64, 64), Block(8, 32, 64)),
-    ("wkv6", 128): Sizes(Block(8, 16, 16), Block(8, 16, 128)),
-    ("wkv7", 64): Sizes(Block(8, 64, 16), Block(8, 32, 64)),
-    ("wkv7", 128): Sizes(Block(8, 16, 16), Block(8, 16, 128)),
+    ("wkv6", 64): Sizes(Block(8, 64, 16), Block(8, 64, 16), Block(8, 64, 16)),
+    ("wkv6", 128): Sizes(Block(8, 32, 16), Block(8, 32, 16), Block(8, 16, 16)),
+    ("wkv7", 64): Sizes(Block(8, 64, 16), Block(8, 32, 16), Block(8, 64, 16)),
+    ("wkv7", 128): Sizes(Block(8, 32, 16), Block(8, 16, 16), Block(8, 16, 16)),
+    ("wkv7_triton", 128): Sizes(Block(8, 32), Block(8, 32)),
 }
 
 

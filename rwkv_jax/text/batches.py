@@ -102,7 +102,7 @@ class _RowsOfBatches:
     def __len__(self) -> int:
         return len(self._dataset) // self._batch_size
 
-    def __getitem__(self, index: Any) -> Batch:
+    def __getitem__(self, index: Any) -> Any:
         return _stack([self._dataset[int(index) * self._batch_size + int(row)] for row in self._rows])
 
 
@@ -151,10 +151,20 @@ def train_batches(
         dataset = grain.MapDataset.source(walk).repeat()
         if rows is not None:
             dataset = dataset.map(lambda batch: Batch(*(x[rows] for x in batch)))
-    else:
-        shuffled = grain.MapDataset.source(windows).seed(seed).shuffle().repeat()
-        every = np.arange(batch_size) if rows is None else rows
-        dataset = grain.MapDataset.source(_RowsOfBatches(shuffled, batch_size, every))
+        return _read_ahead(dataset)
+    return shuffled_batches(windows, batch_size=batch_size, seed=seed, rows=rows)
+
+
+def shuffled_batches(
+    windows: Any, *, batch_size: int, seed: int, rows: np.ndarray | None = None
+) -> grain.DatasetIterator[Any]:
+    """Returns an endless iterator over batches of what `windows` gives random access to, NamedTuples of arrays; as `train_batches`."""
+    shuffled = grain.MapDataset.source(windows).seed(seed).shuffle().repeat()
+    every = np.arange(batch_size) if rows is None else rows
+    return _read_ahead(grain.MapDataset.source(_RowsOfBatches(shuffled, batch_size, every)))
+
+
+def _read_ahead(dataset: Any) -> Any:
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
 
@@ -235,5 +245,5 @@ def _row(stream: TokenStream, start: Any, length: Any, context_length: int) -> t
     return np.pad(tokens[:-1], padding), np.pad(tokens[1:], padding)
 
 
-def _stack(windows: Any) -> Batch:
-    return Batch(*(np.stack(field) for field in zip(*windows, strict=True)))
+def _stack(windows: Any) -> Any:
+    return type(windows[0])(*(np.stack(field) for field in zip(*windows, strict=True)))

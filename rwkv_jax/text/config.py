@@ -1,7 +1,7 @@
 """What text to train on, and how it is cut into batches."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -18,8 +18,9 @@ from .tokenizers import Tokenizer, TokenizerName, get_tokenizer
 class DataConfig:
     """Where the text comes from and how it is batched."""
 
-    source: Literal["stdlib", "text", "jsonl", "tfds", "binidx"] = "stdlib"
-    """Python's standard library; text files; lines of JSON; TensorFlow Datasets; Megatron's tokenised .bin and .idx."""
+    source: Literal["stdlib", "text", "jsonl", "tfds", "huggingface", "binidx"] = "stdlib"
+    """Python's standard library; text files; lines of JSON; TensorFlow Datasets; Hugging Face's datasets library; Megatron's
+    tokenised .bin and .idx."""
     path: str | None = None
     """A file, a folder or a glob (text, jsonl), or the prefix of a .bin and .idx (binidx)."""
     validation_path: str | None = None
@@ -29,7 +30,7 @@ class DataConfig:
     byte_split: tuple[int, ...] | None = None
     """Bytes of the training, held-out and test parts of a file, from its start, the last being optional (text); none: as above."""
     text_key: str = "text"
-    """Field that holds the text (jsonl, tfds)."""
+    """Field that holds the text (jsonl, tfds, huggingface)."""
     tfds_name: str | None = None
     """Name of the dataset, such as lm1b or wikipedia/20230601.en (tfds)."""
     tfds_split: str = "train"
@@ -38,6 +39,14 @@ class DataConfig:
     """Held-out split (tfds); none: examples of tfds_split are held out."""
     tfds_data_dir: str | None = None
     """Where the dataset lies or is put (tfds); none: TFDS's own folder."""
+    hub_name: str | None = None
+    """Name of the data set, such as allenai/sciq, or a folder of files (huggingface)."""
+    hub_subset: str | None = None
+    """Its subset, such as ARC-Easy of allenai/ai2_arc, if it has some (huggingface)."""
+    hub_split: str = "train"
+    """Split to train on (huggingface)."""
+    hub_validation_split: str | None = None
+    """Held-out split (huggingface); none: examples of hub_split are held out."""
     tokenizer: TokenizerName = "bytes"
     """bytes (ids 0 to 255), 20b (RWKV-4's Pile models) or world (RWKV-5 and later)."""
     tokenizer_file: str | None = None
@@ -96,26 +105,11 @@ def load_streams(config: DataConfig) -> Streams:
     Raises:
         ValueError, OSError: There is no text, no vocabulary, or a file is not what it should be.
     """
-    if config.source in ("text", "jsonl", "binidx") and not config.path:
-        raise ValueError(f"data.source={config.source!r} needs data.path")
-    if config.source == "tfds" and not config.tfds_name:
-        raise ValueError("data.source='tfds' needs data.tfds_name")
-    if config.validation_path is not None and config.source not in ("text", "jsonl", "binidx"):
-        raise ValueError(f"data.validation_path is for text, jsonl and binidx; data.source={config.source!r} has none")
-    if config.tfds_validation_split is not None and config.source != "tfds":
-        raise ValueError(f"data.tfds_validation_split is for tfds; data.source={config.source!r} has none")
     tokenizer = get_tokenizer(config.tokenizer, config.tokenizer_file)
     if config.source == "binidx":
+        _check_source(config)
         return _binidx_streams(config, tokenizer)
-    whole = _corpus(config, config.path, config.tfds_split)
-    if config.byte_split is not None:
-        assert isinstance(whole, corpora.TextFiles)
-        parts = whole.pieces(config.byte_split)
-    elif config.validation_path is not None or config.tfds_validation_split is not None:
-        held_out = _corpus(config, config.validation_path, config.tfds_validation_split or config.tfds_split)
-        parts = whole, held_out
-    else:
-        parts = corpora.split(whole, config.validation_fraction)
+    parts = load_corpora(config)
     train = tokenise(parts[0], tokenizer, config.cache_dir, "training text")
     validation = tokenise(parts[1], tokenizer, config.cache_dir, "held-out text")
     test = tokenise(parts[2], tokenizer, config.cache_dir, "test text") if len(parts) > 2 else None
@@ -127,14 +121,57 @@ def load_streams(config: DataConfig) -> Streams:
     return Streams(tokenizer, train, validation, validation_bytes, test)
 
 
-def _corpus(config: DataConfig, path: str | None, tfds_split: str) -> corpora.Corpus:
+def load_corpora(config: DataConfig) -> Sequence[corpora.Corpus]:
+    """Returns the documents to train on, those held out and, of three parts of bytes, the test's; tokens alone (binidx) have none.
+
+    Raises:
+        ValueError, OSError: There is no text, or a file is not what it should be.
+    """
+    _check_source(config)
+    if config.source == "binidx":
+        raise ValueError("data.source='binidx' has tokens and no documents; give text")
+    splits = {
+        "tfds": (config.tfds_split, config.tfds_validation_split),
+        "huggingface": (config.hub_split, config.hub_validation_split),
+    }
+    place, held_out_place = splits.get(config.source, (config.path, config.validation_path))
+    whole = _corpus(config, place)
+    if config.byte_split is not None:
+        assert isinstance(whole, corpora.TextFiles)
+        return whole.pieces(config.byte_split)
+    if held_out_place is None:
+        return corpora.split(whole, config.validation_fraction)
+    return whole, _corpus(config, held_out_place)
+
+
+def _check_source(config: DataConfig) -> None:
+    needs = {"text": "path", "jsonl": "path", "binidx": "path", "tfds": "tfds_name", "huggingface": "hub_name"}
+    if (needed := needs.get(config.source)) is not None and not getattr(config, needed):
+        raise ValueError(f"data.source={config.source!r} needs data.{needed}")
+    held_out = {
+        "validation_path": ("text", "jsonl", "binidx"),
+        "tfds_validation_split": ("tfds",),
+        "hub_validation_split": ("huggingface",),
+    }
+    for name, sources in held_out.items():
+        if getattr(config, name) is not None and config.source not in sources:
+            *others, last = sources
+            of = f"{', '.join(others)} and {last}" if others else last
+            raise ValueError(f"data.{name} is for {of}; data.source={config.source!r} has none")
+
+
+def _corpus(config: DataConfig, place: str | None) -> corpora.Corpus:
+    """The documents at a place, which is a path or a split's name."""
     if config.source == "stdlib":
         return corpora.standard_library()
+    assert place is not None
     if config.source == "tfds":
         assert config.tfds_name is not None
-        return corpora.TfdsSource(config.tfds_name, tfds_split, config.tfds_data_dir, config.text_key)
-    assert path is not None
-    return corpora.text_files(path) if config.source == "text" else corpora.json_lines(path, config.text_key)
+        return corpora.TfdsSource(config.tfds_name, place, config.tfds_data_dir, config.text_key)
+    if config.source == "huggingface":
+        assert config.hub_name is not None
+        return corpora.HubDataset(config.hub_name, config.hub_subset, place, config.text_key)
+    return corpora.text_files(place) if config.source == "text" else corpora.json_lines(place, config.text_key)
 
 
 def _binidx_streams(config: DataConfig, tokenizer: Tokenizer) -> Streams:

@@ -38,6 +38,15 @@ class Corpus(Protocol):
         ...
 
 
+@runtime_checkable
+class Table(Corpus, Protocol):
+    """A corpus whose documents are a field of records."""
+
+    def records(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yields every record after the name of its document."""
+        ...
+
+
 class TextFiles:
     """One document a file."""
 
@@ -110,21 +119,34 @@ class JsonLines:
         Raises:
             ValueError: A line is not such an object; the file and line are named.
         """
+        for file, number, value in self._lines():
+            if not isinstance(value, dict) or not isinstance(value.get(self._key), str):
+                found = ", ".join(value) if isinstance(value, dict) else type(value).__name__
+                raise ValueError(f"{file}:{number}: no text under data.text_key={self._key!r}; the line has {found}")
+            yield Document(f"{file.name}:{number}", value[self._key])
+
+    def records(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yields the objects.
+
+        Raises:
+            ValueError: A line is not an object; the file and line are named.
+        """
+        for file, number, value in self._lines():
+            if not isinstance(value, dict):
+                raise ValueError(f"{file}:{number}: a {type(value).__name__}; every line must be an object")
+            yield f"{file.name}:{number}", value
+
+    def _lines(self) -> Iterator[tuple[Path, int, Any]]:
         for file in self._files:
             with file.open("rb") as lines:
                 for number, line in enumerate(lines, 1):
                     if line.strip():
-                        yield Document(f"{file.name}:{number}", self._text(line, f"{file}:{number}"))
-
-    def _text(self, line: bytes, where: str) -> str:
-        try:
-            value = json.loads(line.decode("utf-8-sig"))
-        except ValueError as error:
-            raise ValueError(f"{where}: not JSON ({error}); every line must be an object with {self._key!r}") from None
-        if not isinstance(value, dict) or not isinstance(value.get(self._key), str):
-            found = ", ".join(value) if isinstance(value, dict) else type(value).__name__
-            raise ValueError(f"{where}: no text under data.text_key={self._key!r}; the line has {found}")
-        return value[self._key]
+                        try:
+                            yield file, number, json.loads(line.decode("utf-8-sig"))
+                        except ValueError as error:
+                            raise ValueError(
+                                f"{file}:{number}: not JSON ({error}); every line must be an object"
+                            ) from None
 
 
 class TfdsSource:
@@ -144,15 +166,18 @@ class TfdsSource:
         Raises:
             ValueError: The examples have no such key.
         """
-        source, _ = self._load()
-        for index in range(len(source)):
-            example = source[index]
+        for name, example in self.records():
             if self._key not in example:
                 raise ValueError(
                     f"tfds {self._name}: no data.text_key={self._key!r}; examples have {', '.join(example)}"
                 )
             text = example[self._key]
-            yield Document(f"{self._split}:{index}", text if isinstance(text, str) else bytes(text))
+            yield Document(name, text if isinstance(text, str) else bytes(text))
+
+    def records(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yields the examples."""
+        source, _ = self._load()
+        return ((f"{self._split}:{index}", source[index]) for index in range(len(source)))
 
     def _load(self) -> tuple[Any, Any]:
         try:
@@ -174,6 +199,51 @@ class TfdsSource:
         return source(split=self._split), builder.info
 
 
+class HubDataset:
+    """One document an example of a data set that the datasets library reads: of the Hugging Face hub, or a folder's."""
+
+    def __init__(self, name: str, subset: str | None, split: str, key: str):
+        self._name, self._subset, self._split, self._key = name, subset, split, key
+
+    def fingerprint(self) -> str:
+        """Name, subset, split, key, and the library's own fingerprint of the examples."""
+        return f"{self._name}/{self._subset}/{self._split}/{self._key}/{self._load()._fingerprint}"
+
+    def documents(self) -> Iterator[Document]:
+        """Yields the texts.
+
+        Raises:
+            ValueError: The examples have no such key.
+        """
+        for name, example in self.records():
+            if not isinstance(example.get(self._key), str):
+                raise ValueError(
+                    f"{self._name}: no text under data.text_key={self._key!r}; examples have {', '.join(example)}"
+                )
+            yield Document(name, example[self._key])
+
+    def records(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yields the examples."""
+        return ((f"{self._split}:{index}", example) for index, example in enumerate(self._load()))
+
+    def _load(self) -> Any:
+        try:
+            import datasets
+        except ImportError as error:
+            raise ValueError(
+                f'data.source="huggingface" needs the datasets library ({error}): pip install "rwkv-jax[datasets]"'
+            ) from None
+        try:
+            return datasets.load_dataset(self._name, self._subset, split=self._split)
+        # The library and its readers raise many kinds for what a network or a file refuses; the chain has them all.
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).partition("\n")[0][:300]
+            raise OSError(
+                f"{self._name}, subset {self._subset}, split {self._split}: cannot be read ({reason}); it is fetched once, which "
+                "needs a network. Without one, set data.source to 'jsonl' and data.path to a file"
+            ) from error
+
+
 class Part:
     """The documents of a corpus that fall on one side of a split."""
 
@@ -187,6 +257,18 @@ class Part:
     def documents(self) -> Iterator[Document]:
         """Yields the part's documents."""
         return (document for document in self._corpus.documents() if self._keep(document.name))
+
+
+class PartOfTable(Part):
+    """The same, of records."""
+
+    def __init__(self, table: Table, keep: Callable[[str], bool], name: str):
+        super().__init__(table, keep, name)
+        self._table = table
+
+    def records(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yields the part's records."""
+        return ((name, record) for name, record in self._table.records() if self._keep(name))
 
 
 def standard_library() -> TextFiles:
@@ -225,10 +307,10 @@ def split(corpus: Corpus, fraction: float) -> tuple[Corpus, Corpus]:
     def held_out(name: str) -> bool:
         return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) < fraction * 2**64
 
-    return (
-        Part(corpus, lambda name: not held_out(name), f"train-{fraction}"),
-        Part(corpus, held_out, f"validation-{fraction}"),
-    )
+    training, validation = f"train-{fraction}", f"validation-{fraction}"
+    if isinstance(corpus, Table):
+        return PartOfTable(corpus, lambda name: not held_out(name), training), PartOfTable(corpus, held_out, validation)
+    return Part(corpus, lambda name: not held_out(name), training), Part(corpus, held_out, validation)
 
 
 def _find(path: str, suffixes: tuple[str, ...]) -> list[Path]:

@@ -6,22 +6,22 @@ import sys
 import pytest
 from rwkv_kernels import compile_report, hardware
 
-SPILLS = {
-    ("wkv4", "pallas_gpu"): 0, ("wkv6", "pallas_gpu"): 256, ("wkv7", "pallas_gpu"): 256,
-    ("wkv4", "mosaic_gpu"): 0, ("wkv7", "mosaic_gpu"): 64,
-}  # fmt: skip
-"""Bytes a thread may spill with heads of 64. None is the goal; kernels/README.md has what those that miss it spill."""
+SPILLS = {("wkv7", "pallas_gpu", 128): 32, ("wkv7", "mosaic_gpu", 64): 64, ("wkv7", "mosaic_gpu", 128): 4608}
+"""Bytes a thread may spill, by op, backend and head, where that is not none; kernels/README.md has what it spills."""
 
 
 @pytest.mark.aot
 @pytest.mark.parametrize("case", compile_report.CASES, ids=lambda case: "-".join(map(str, case)))
-def test_both_kernels_of_an_op_compile(case):
+def test_all_kernels_of_an_op_compile(case, monkeypatch):
     if reason := hardware.why_not():
         pytest.skip(reason)
+    monkeypatch.delenv("XLA_FLAGS")  # conftest.py's make XLA compile without optimising, and that spills more.
     rows = compile_report.report(case)
-    assert [row["kernel"] for row in rows] == [f"{case.op}_forward", f"{case.op}_backward"]
-    if case.target in hardware.GPUS and case.head_dim == 64:
-        assert all(row["spilled_bytes"] <= SPILLS[case.op, case.backend] for row in rows)
+    apart = case.backend == "pallas_gpu" and case.op != "wkv4"
+    kernels = ["forward", *(["backward_state", "backward_chunks"] if apart else ["backward"])]
+    assert [row["kernel"] for row in rows] == [f"{case.op}_{kernel}" for kernel in kernels]
+    if case.target in hardware.GPUS:
+        assert all(row["spilled_bytes"] <= SPILLS.get((case.op, case.backend, case.head_dim), 0) for row in rows)
 
 
 SHARDED = """

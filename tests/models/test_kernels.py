@@ -9,6 +9,7 @@ from small_models import EVERY_RWKV, SMALL
 import rwkv_jax
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["pallas_gpu_interpreted", "pallas_tpu_interpreted"])
 @pytest.mark.parametrize("name", EVERY_RWKV)
 def test_logits_state_and_gradients_equal_the_chunked_form(name, backend, x64):

@@ -6,6 +6,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .. import dispatch
 from ..pallas import kernel_backends
+from ..triton_gpu import backend as triton_backend
 from .chunk import kernel
 from .parallel import parallel
 from .reference import EMPTY, WKV4State, scan
@@ -13,6 +14,7 @@ from .reference import EMPTY, WKV4State, scan
 _COMPILED, _INTERPRETED = kernel_backends(kernel, mosaic=True)
 BACKENDS = {
     **_COMPILED,
+    "triton": triton_backend("wkv4", kernel),
     "parallel": dispatch.Backend(parallel, dispatch.anything),
     "scan": dispatch.Backend(scan, dispatch.anything),
     **_INTERPRETED,
@@ -69,7 +71,7 @@ def wkv4(
     if length is not None:  # Padding may hold anything, and 0 * inf would reach gradients.
         valid = jnp.arange(num_tokens)[:, None] < length[:, None, None]
         k, v = jnp.where(valid, k, 0), jnp.where(valid, v, 0)
-    run = dispatch.choose("wkv4", BACKENDS, backend, dispatch.here(0, num_tokens, k.dtype.name)).run
+    run = dispatch.choose("wkv4", BACKENDS, backend, dispatch.here(0, num_tokens, dispatch.widest(k.dtype, dtype))).run
     w, u, state = jax.tree.map(lambda x: x.astype(dtype), (w, u, state))
     y, new = run(k, v, w, u, state, reset, length)
     return y.astype(v.dtype), new

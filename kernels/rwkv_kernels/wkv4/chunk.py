@@ -22,7 +22,7 @@ BLOCK = 64
 """Channels in a block."""
 _LEAST = -1e30
 """What w is held above; exp of it is 0."""
-_STARTS, _COUNTS = 1, 2
+STARTS, COUNTS = 1, 2
 """Bits of a token's mark: it starts a sequence; it lies before its row's length."""
 
 
@@ -35,7 +35,7 @@ def kernel(run: Run, k, v, w, u, state: WKV4State, reset, length) -> tuple[Array
     if reset is not None or length is not None or num_tokens % RECURRENCE.num_tokens:
         counts = jnp.arange(num_tokens) < (jnp.full(batch_size, num_tokens) if length is None else length)[:, None]
         starts = False if reset is None else reset & counts
-        marks = pad_tokens(jnp.where(starts, _STARTS, 0) + jnp.where(counts, _COUNTS, 0), RECURRENCE.num_tokens)
+        marks = pad_tokens(jnp.where(starts, STARTS, 0) + jnp.where(counts, COUNTS, 0), RECURRENCE.num_tokens)
 
     def blocks(x):
         return pad_channels(x, x.ndim - 1, heads * block).reshape(*x.shape[:-1], heads, block)
@@ -62,7 +62,7 @@ def chunk(tokens, shared, state, marks):
     for t, (k, v) in enumerate(zip(*tokens, strict=True)):
         old = aa, bb, pp, peak, decays
         if marks is not None:
-            starts = (marks[t] & _STARTS) != 0
+            starts = (marks[t] & STARTS) != 0
             pp, peak = (jnp.where(starts, EMPTY, x) for x in (pp, peak))
         y = _read(aa, bb, lax.stop_gradient(pp), u + k, v)
         decayed = lax.stop_gradient(peak + (decays + 1) * w) + _zero(w)
@@ -76,7 +76,7 @@ def chunk(tokens, shared, state, marks):
             jnp.where(stays, decays + 1, 0),
         )
         if marks is not None:
-            counts = (marks[t] & _COUNTS) != 0
+            counts = (marks[t] & COUNTS) != 0
             y = jnp.where(counts, y, 0)
             new = tuple(jnp.where(counts, x, before) for x, before in zip(new, old, strict=True))
         aa, bb, pp, peak, decays = new

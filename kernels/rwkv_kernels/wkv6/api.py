@@ -74,7 +74,7 @@ def wkv6(
         r, k, v = (jnp.where(valid, x, 0) for x in (r, k, v))
         w = w if w.ndim == 2 else jnp.where(valid, w, 0)
     run = dispatch.choose(
-        "wkv6", BACKENDS, backend, dispatch.here(max(key_dim, v.shape[-1]), num_tokens, r.dtype.name)
+        "wkv6", BACKENDS, backend, dispatch.here(max(key_dim, v.shape[-1]), num_tokens, dispatch.widest(r.dtype, dtype))
     ).run
     y, new = run(r, k, v, w, u.astype(dtype), state.astype(dtype), reset, length)
     return y.astype(v.dtype), new

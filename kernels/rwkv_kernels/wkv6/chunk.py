@@ -7,7 +7,7 @@ of the blocks of 2^l tokens that they lie side by side in. The state is [V, K] h
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from ..recurrence import Problem, Recurrence, Run, dot, grid, pad_channels, pad_tokens, sequence_of
+from ..recurrence import Factors, Problem, Products, Run, dot, grid, of_products, pad_channels, pad_tokens, sequence_of
 from .parallel import LEAST_LOG_DECAY
 
 
@@ -33,49 +33,47 @@ def kernel(run: Run, r, k, v, w, u, state, reset, length) -> tuple[Array, Array]
     return y[:, :num_tokens, :, :value_dim], state[:, :, :value_dim, :key_dim].swapaxes(2, 3)
 
 
-def chunk(tokens, shared, state, marks):
-    """Tokens (r, k, v, w) or, if all have one decay, (r, k, v); shared (u,) or (u, w); state (S,); marks or None."""
-    r, k, v = tokens[:3]
-    u, (state,) = shared[0], state
-    size = v.shape[0]
+def factors(tokens, shared) -> Factors:
+    """A piece of r, k, w or, if all tokens have one decay, r, k [C, P]; shared u or u, w [1, P]."""
+    r, k = tokens[:2]
+    u, size = shared[0], r.shape[0]
     row, column = among = grid(size)
-    # A token that is not finite would reach all others in the products. It takes no part in them, and is put back in the end.
-    # They are counted, since a GPU's maximum drops NaN.
-    sound = sum(jnp.where(jnp.abs(x) < jnp.inf, 0, 1).sum(1, keepdims=True) for x in (v, *r, *k)) == 0
-    r, k = (tuple(jnp.where(sound, piece, 0) for piece in x) for x in (r, k))
-    v = jnp.where(sound, v, 0)
-    w = (
-        tokens[3]
-        if len(tokens) == 4
-        else tuple(jnp.broadcast_to(x, y.shape) for x, y in zip(shared[1], k, strict=True))
-    )
-    w = tuple(jnp.where(piece < LEAST_LOG_DECAY, LEAST_LOG_DECAY, piece) for piece in w)
-    seen, to_end, sequence, end = column <= row, sound == sound, None, None
+    # A token that is not finite would reach all others in the products. It takes no part in them, and `mix` puts it back.
+    sound = _finite(r) & _finite(k)
+    r, k = (jnp.where(sound, x, 0) for x in (r, k))
+    w = tokens[2] if len(tokens) == 3 else jnp.broadcast_to(shared[1], k.shape)
+    w = jnp.where(w < LEAST_LOG_DECAY, LEAST_LOG_DECAY, w)
+
+    own, unsound = (r * u * k).sum(1, keepdims=True), jnp.where(sound, 0, 1).astype(k.dtype)
+    scores = jnp.where(among.pairs(0), dot(r, k, (1, 1)), 0)  # Nothing lies between neighbours and their boundary.
+    for level in range(1, size.bit_length() - 1):
+        right = (row >> level) & 1 == 1
+        to_edge = (right & (column < row)) | (~right & (column > row))
+        decay = _decay(to_edge & (row >> level == column >> level), w)
+        scores += jnp.where(among.pairs(level), dot(r * decay, k * decay, (1, 1)), 0)
+    reads, writes = r * _decay(column < row, w), k * _decay(column > row, w)
+    return Factors((reads,), (writes,), jnp.exp(w.sum(0, keepdims=True)), (scores, own, unsound))
+
+
+def mix(scores, found, v, marks):
+    """y, from each other and from the state, and what is written, the values: NaN where a token that is not finite reaches."""
+    (scores, own, unsound), (found,) = scores, found
+    row, column = grid(v.shape[0])
+    seen, to_end = column <= row, None
     if marks is not None:  # A reset cuts the pairs that it lies between.
         sequence, sequence_row = marks
-        end = sequence.max()
-        seen, to_end = seen & (sequence == sequence_row), sequence == end
-
-    scores, of_state, new = jnp.zeros(row.shape, v.dtype), jnp.zeros_like(v), []
-    for r_p, k_p, w_p, u_p, state_p in zip(r, k, w, u, state, strict=True):
-        scores += jnp.where(row == column, (r_p * u_p * k_p).sum(1, keepdims=True), 0)
-        for level in range(size.bit_length() - 1):
-            right = (row >> level) & 1 == 1
-            to_edge = (right & (column < row)) | (~right & (column > row))
-            decay = _decay(to_edge & (row >> level == column >> level), w_p)
-            scores += jnp.where(among.pairs(level), dot(r_p * decay, k_p * decay, (1, 1)), 0)
-        kept = jnp.exp(w_p.sum(0, keepdims=True)) * state_p
-        of_state += dot(r_p * _decay(column < row, w_p), state_p, (1, 1))
-        k_p = jnp.where(to_end, k_p * _decay(column > row, w_p), 0)
-        new.append((kept if marks is None else jnp.where(end == 0, kept, 0)) + dot(v, k_p, (0, 0)))
-    if marks is not None:
-        scores, of_state = jnp.where(seen, scores, 0), jnp.where(sequence == 0, of_state, 0)
-
+        seen, to_end = seen & (sequence == sequence_row), sequence == sequence.max()
+    sound = _finite(v) & (unsound == 0)
+    v = jnp.where(sound, v, 0)
+    y = dot(jnp.where(seen, scores, 0) + jnp.where(row == column, own, 0), v) + found
     spoils = jnp.where((row == column) & ~sound, 1, 0).max(0, keepdims=True)
-    spoilt = jnp.where(seen, spoils, 0).max(1, keepdims=True) > 0
-    y = jnp.where(spoilt, jnp.nan, dot(scores, v) + of_state)
-    spoils_end = jnp.where(to_end & ~sound, 1, 0).max() > 0
-    return y, (tuple(jnp.where(spoils_end, jnp.nan, piece) for piece in new),)
+    y = jnp.where(jnp.where(seen, spoils, 0).max(1, keepdims=True) > 0, jnp.nan, y)
+    return y, (jnp.where(sound if to_end is None else sound | ~to_end, v, jnp.nan),)
+
+
+def _finite(x: Float[Array, "C X"]) -> Bool[Array, "C 1"]:
+    """Which rows are finite. What is not is counted, since a GPU's maximum drops NaN."""
+    return jnp.where(jnp.abs(x) < jnp.inf, 0, 1).sum(1, keepdims=True) == 0
 
 
 def _decay(tokens: Bool[Array, "C C"], w: Float[Array, "C P"]) -> Float[Array, "C P"]:
@@ -83,5 +81,5 @@ def _decay(tokens: Bool[Array, "C C"], w: Float[Array, "C P"]) -> Float[Array, "
     return jnp.exp(dot(tokens.astype(w.dtype), w))
 
 
-RECURRENCE = Recurrence("wkv6", chunk, num_tokens=16, by_row=False, split=2)
+RECURRENCE = of_products("wkv6", Products(factors, mix, split=2), num_tokens=16)
 """16 is the least that a matrix unit multiplies."""

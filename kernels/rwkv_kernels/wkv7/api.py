@@ -5,6 +5,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .. import dispatch
 from ..pallas import kernel_backends
+from ..triton_gpu import backend as triton_backend
 from .chunk import kernel
 from .parallel import parallel
 from .reference import scan
@@ -12,6 +13,7 @@ from .reference import scan
 _COMPILED, _INTERPRETED = kernel_backends(kernel, mosaic=True)
 BACKENDS = {
     **_COMPILED,
+    "triton": triton_backend("wkv7", kernel),
     "parallel": dispatch.Backend(parallel, dispatch.anything),
     "scan": dispatch.Backend(scan, dispatch.anything),
     **_INTERPRETED,
@@ -77,7 +79,7 @@ def wkv7(
         tokens = tuple(jnp.where(valid[..., None, None], x, 0) for x in tokens)
         reset = None if reset is None else reset & valid
     run = dispatch.choose(
-        "wkv7", BACKENDS, backend, dispatch.here(max(key_dim, v.shape[-1]), num_tokens, r.dtype.name)
+        "wkv7", BACKENDS, backend, dispatch.here(max(key_dim, v.shape[-1]), num_tokens, dispatch.widest(r.dtype, dtype))
     ).run
     y, new = run(*tokens, state.astype(dtype), reset, length)
     return y.astype(v.dtype), new

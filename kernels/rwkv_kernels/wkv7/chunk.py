@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ..recurrence import Problem, Recurrence, Run, dot, grid, pad_channels, pad_tokens, sequence_of
+from ..recurrence import Factors, Problem, Products, Run, dot, grid, of_products, pad_channels, pad_tokens, sequence_of
 from .step import STEP
 
 
@@ -25,38 +25,30 @@ def kernel(run: Run, r, w, k, v, a, b, state, reset, length) -> tuple[Array, Arr
     return y[:, :num_tokens, :, :value_dim], state[:, :, :value_dim, :key_dim]
 
 
-def chunk(tokens, shared, state, marks):
-    """Tokens (r, w, k, v, a, b); shared (); state (S,); marks or None."""
+def factors(tokens, shared) -> Factors:
+    """A piece of r, w, k, a, b [C, P]; there is nothing shared."""
     del shared
-    r, w, k, v, a, b = tokens
-    (state,) = state
+    r, w, k, a, b = tokens
+    row, column = grid(r.shape[0])
+    summed, decay = dot((column <= row).astype(w.dtype), w), jnp.exp(w.sum(0, keepdims=True))
+    a, r = a * jnp.exp(summed - w), r * jnp.exp(summed)
+    b, k = (x * jnp.exp(-summed) for x in (b, k))
+    scores = tuple(dot(x, y, (1, 1)) for x in (a, r) for y in (b, k))
+    return Factors((a, r), (decay * b, decay * k), decay, scores)
+
+
+def mix(scores, found, v, marks):
+    """Solves for u, what the tokens find along their a; found is what a and r find in the state."""
+    (ab, ak, rb, rk), (found, read) = scores, found
     row, column = grid(v.shape[0])
-    earlier, present, sequence, end = column < row, column <= row, None, None
+    earlier, present = column < row, column <= row
     if marks is not None:  # A reset cuts the pairs that it lies between.
         sequence, sequence_row = marks
-        end = sequence.max()
         earlier, present = (mask & (sequence == sequence_row) for mask in (earlier, present))
-    ab, ak, rb, rk, found, read, to_end = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, []
-    for r_p, w_p, k_p, a_p, b_p, state_p in zip(r, w, k, a, b, state, strict=True):
-        summed = dot((column <= row).astype(v.dtype), w_p)
-        a_p, r_p = a_p * jnp.exp(summed - w_p), r_p * jnp.exp(summed)
-        b_p, k_p = b_p * jnp.exp(-summed), k_p * jnp.exp(-summed)
-        ab, ak = ab + dot(a_p, b_p, (1, 1)), ak + dot(a_p, k_p, (1, 1))
-        rb, rk = rb + dot(r_p, b_p, (1, 1)), rk + dot(r_p, k_p, (1, 1))
-        found, read = found + dot(a_p, state_p, (1, 1)), read + dot(r_p, state_p, (1, 1))
-        if marks is not None:
-            b_p, k_p = (jnp.where(sequence == end, x, 0) for x in (b_p, k_p))
-            state_p = jnp.where(end == 0, state_p, 0)
-        to_end.append((jnp.exp(w_p.sum(0, keepdims=True)), state_p, b_p, k_p))
-    if marks is not None:
-        found, read = (jnp.where(sequence == 0, x, 0) for x in (found, read))
     ab, ak = (jnp.where(earlier, x, 0) for x in (ab, ak))
     rb, rk = (jnp.where(present, x, 0) for x in (rb, rk))
-
     u = dot(_inverse(ab), found + dot(ak, v))
-    y = read + dot(rb, u) + dot(rk, v)
-    new = tuple(kept * (state_p + dot(u, b_p, (0, 0)) + dot(v, k_p, (0, 0))) for kept, state_p, b_p, k_p in to_end)
-    return y, (new,)
+    return read + dot(rb, u) + dot(rk, v), (u, v)
 
 
 @jax.custom_jvp
@@ -75,5 +67,5 @@ def _inverse_jvp(primals, tangents):
     return inverse, dot(dot(inverse, *tangents), inverse)
 
 
-RECURRENCE = Recurrence("wkv7", chunk, num_tokens=16, by_row=False, split=3, step=STEP)
+RECURRENCE = of_products("wkv7", Products(factors, mix, split=3), num_tokens=16, step=STEP)
 """16 is the least that a matrix unit multiplies; no factor exceeds e^{0.6066 * 16}."""
