@@ -11,14 +11,12 @@ Keys and values are float32 in both dtypes, as all states here are.
 
 import itertools
 import json
-import os
 import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +29,7 @@ from study import (
     Finished,
     StudyConfig,
     compute_cells,
+    environment,
     estimate,
     panels,
     record,
@@ -92,13 +91,11 @@ class Settings:
 def main() -> None:
     """Measures the cells that are missing, prints the tables and verdicts, and writes the record and the plot."""
     if sys.argv[1:2] == ["--worker"]:
-        report = partial(print, flush=True)
-        print(
-            json.dumps({"result": measure(json.loads(sys.argv[2]), lambda share: report(json.dumps({"share": share})))})
-        )
+        from rwkv_jax.run_log import environment as devices
+
+        result = measure(json.loads(sys.argv[2]), lambda share: print(json.dumps({"share": share}), flush=True))
+        print(json.dumps({"result": result, "environment": devices()}))
         return
-    # This process looks at the device too, for the record, and must leave its memory to the cells'.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     with study_program(Settings, "inference_cost.py") as settings:
         run(settings)
 
@@ -114,7 +111,14 @@ def run(settings: Settings) -> None:
         for (size, length), dtype in kinds
         for model in cost.models
     }
-    done = compute_cells(study, list(cells.values()), in_own_process)
+    devices: dict[str, Mapping[str, str]] = {}
+
+    def compute(cell: Cell, advance: Advance) -> Any:
+        found = in_own_process(cell, advance)
+        devices[cell.name] = found["environment"]  # This process leaves the devices to its cells.
+        return found["result"]
+
+    done = compute_cells(study, list(cells.values()), compute, lambda cell: environment(devices[cell.name]))
     rows, verdicts = [], []
     for (size, length), dtype in kinds:
         found = {model: [done[cells[size, dtype, model, s].name].result for s in study.seeds] for model in cost.models}
@@ -177,24 +181,23 @@ def cost_cell(cost: CostConfig, size: str, length: int, dtype: str, model: str, 
     return Cell(f"{model}-{size}-{dtype}-seed{seed}", settings, weight)
 
 
-def in_own_process(cell: Cell, advance: Advance) -> Any:
-    """Returns what `measure` gives in a fresh process, so that memory and compilation are the cell's own."""
+def in_own_process(cell: Cell, advance: Advance) -> dict[str, Any]:
+    """Returns, from a fresh process, the `result` that `measure` gives, memory and compilation its own, and its `environment`."""
     command = [sys.executable, __file__, "--worker", json.dumps(cell.settings)]
-    result = None
+    said: dict[str, Any] = {}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:
         assert worker.stdout is not None
         try:
             for line in worker.stdout:
                 said = json.loads(line)
-                result = said.get("result")
                 if "share" in said:
                     advance(said["share"])
         except BaseException:  # Interrupted, this program must not wait for the cell to end.
             worker.kill()
             raise
-    if worker.returncode or result is None:
+    if worker.returncode or "result" not in said:
         raise OSError(f"{cell.name}: its process ended with status {worker.returncode}; what it said stands above")
-    return result
+    return said
 
 
 def measure(settings: Mapping[str, Any], report: Callable[[float], object]) -> dict[str, Any]:
@@ -365,8 +368,8 @@ def plot(path: Path, settings: Settings, cells: Mapping[Any, Cell], done: Mappin
             panel.set_yscale("log")
         else:
             panel.set_ylim(bottom=0)
-    environment = next(iter(done.values())).environment
-    device = f"{environment['devices']} ({environment['cores']} cores)"
+    where = next(iter(done.values())).environment
+    device = f"{where['devices']} ({where['cores']} cores)"
     figure.suptitle(
         f"Generation with random weights on {device}: mean and range of {len(study.seeds)} repeats. "
         f"Keys and values are float32 in both dtypes. Peak is {memory}."
