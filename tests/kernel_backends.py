@@ -26,10 +26,7 @@ def interpreted(backends):
 
 
 def each_case(backends, cases, quick=None):
-    """(case, backend, dtypes) for every backend beside the oracle; slow are cases not in `quick`, and for an interpreter most.
-
-    An interpreter's further cases in float32 and bfloat16 are long.
-    """
+    """(case, backend, dtypes) for every backend beside the oracle; slow are cases not in `quick`, and for an interpreter most."""
     low = [jnp.float32, jnp.bfloat16]
     params = []
     in_float64 = on_this_device(backends, jnp.float64)
@@ -40,16 +37,12 @@ def each_case(backends, cases, quick=None):
             parts = [([jnp.float64], fast), (low, False)] if slowly else [([jnp.float64, *low], fast)]
             for dtypes, is_fast in parts if backend in in_float64 else [(low, fast)]:
                 name = f"{case}-{backend}-{'-'.join(jnp.dtype(dtype).name for dtype in dtypes)}"
-                long = slowly and dtypes is low and case not in LOW
-                marks = pytest.mark.long if long else () if is_fast else pytest.mark.slow
-                params.append(pytest.param(case, backend, dtypes, marks=marks, id=name))
+                params.append(pytest.param(case, backend, dtypes, marks=() if is_fast else pytest.mark.slow, id=name))
     return params
 
 
 FEW = ("ragged_end", "lengths_and_resets", "values_of_another_width")
 """What an interpreter is given in the fast tests."""
-LOW = (*FEW, "one_token", "strongest_decay", "more_keys_than_values")
-"""What it is given in float32 and bfloat16 in the slow ones."""
 
 
 def hold_against_the_scan(run, inputs, backend, dtypes):
