@@ -285,22 +285,17 @@ def measure(settings: Mapping[str, Any], report: Callable[[float], object]) -> d
 
 
 def model_config(model: str, size: str, length: int, dtype: str) -> Any:
-    """Returns a model's config; its channel mix has the width, in steps of 32, that brings it nearest to RWKV-4's parameters."""
-    from rwkv_jax import count_params
+    """Returns a model's config, of RWKV-4's size."""
+    from equal_size import as_large_as_rwkv4
+
     from rwkv_jax.models import ARCHITECTURES
 
     layers, width, vocab_size = map(int, size.split("x"))
     shape = {"num_layers": layers, "embed_dim": width, "vocab_size": vocab_size, "dtype": dtype}
-    reference = ARCHITECTURES["rwkv4"](**shape)
     name = model.partition("-")[0]
-    if name == "rwkv4":
-        return reference
     if name == "transformer":
         shape["context_length"] = length
-    step = 32
-    least, more = (count_params(ARCHITECTURES[name](**shape, ffn_dim=steps * step)) for steps in (1, 2))
-    steps = 1 + round((count_params(reference) - least) / (more - least))
-    return ARCHITECTURES[name](**shape, ffn_dim=max(steps, 1) * step)
+    return as_large_as_rwkv4(ARCHITECTURES[name](**shape))
 
 
 def with_room(state: Any, room: int) -> Any:

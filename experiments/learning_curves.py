@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from equal_size import non_embedding
 from study import NAMES, STYLES, StudyConfig, estimate, panels, record, study_program, table, verdict
-from training_cells import TrainingConfig, choose_rates, flops, models, non_embedding, train_all, training_cell
+from training_cells import TrainingConfig, choose_rates, flops, models, train_all, training_cell
 
 from rwkv_jax.lm import count_params
 from rwkv_jax.models import Config

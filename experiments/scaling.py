@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+from equal_size import non_embedding
 from scipy import optimize
 from study import NAMES, STYLES, StudyConfig, estimate, panels, record, study_program, table, verdict
-from training_cells import TrainingConfig, choose_rates, flops, models, non_embedding, train_all, training_cell
+from training_cells import TrainingConfig, choose_rates, flops, models, train_all, training_cell
 
 from rwkv_jax.models import Config
 from rwkv_jax.text import DataConfig

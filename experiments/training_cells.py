@@ -16,17 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from equal_size import as_large_as_rwkv4, non_embedding
 from report import RESULT
 from study import Advance, Cell, Finished, StudyConfig, compute_cells, environment, locked, write_whole
 
 from rwkv_jax import config, run_log
 from rwkv_jax.lm import count_params, flops_per_token
-from rwkv_jax.models import Config, RWKV4Config
+from rwkv_jax.models import Config
 from rwkv_jax.text import DataConfig
 
 CONFIGS = "experiments/configs/"
-HIDDEN_STEP = 8
-"""Hidden widths are multiples of this, which matrix units want."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +69,6 @@ class TrainingConfig:
             raise ValueError(f"training.validations is {self.validations}; it must be at least 1")
 
 
-def non_embedding(model: Config) -> int:
-    """Returns the number of parameters without embedding and head."""
-    return count_params(model) - 2 * model.vocab_size * model.embed_dim
-
-
 def of_equal_size(model: Config, training: TrainingConfig, num_layers: int, embed_dim: int, window: int) -> Config:
     """Returns the architecture at a size.
 
@@ -94,16 +88,7 @@ def of_equal_size(model: Config, training: TrainingConfig, num_layers: int, embe
     }  # fmt: skip
     own = {field.name for field in fields(model)}
     model = replace(model, **{name: value for name, value in shared.items() if name in own})
-    target = non_embedding(RWKV4Config(vocab_size=training.vocab_size, num_layers=num_layers, embed_dim=embed_dim))
-    none = non_embedding(replace(model, ffn_dim=HIDDEN_STEP))
-    each = non_embedding(replace(model, ffn_dim=2 * HIDDEN_STEP)) - none
-    steps = 1 + round((target - none) / each)
-    if steps < 1:
-        raise ValueError(
-            f"{model.architecture} of {num_layers} layers of width {embed_dim} has at least {none} parameters, RWKV-4 {target}; "
-            "take a larger width"
-        )
-    return replace(model, ffn_dim=steps * HIDDEN_STEP)
+    return as_large_as_rwkv4(model)
 
 
 def models(training: TrainingConfig, num_layers: int, embed_dim: int, window: int) -> dict[str, Config]:

@@ -55,7 +55,7 @@ def plan(*arguments):
 
 def test_without_the_compilers_it_says_what_makes_them():
     if hardware.why_not() is None:
-        pytest.skip("says what is missing, and nothing is here")
+        pytest.skip("says that the compilers are missing, and they are here")
     done = plan("--target", "h200:1x8", "--cfg", "experiments/configs/quickstart.toml")
     assert done.returncode == 1 and ".venv-aot/bin/pip install" in done.stderr
 

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import scaling
 import study
+from equal_size import non_embedding
 from scripts import ROOT
-from training_cells import TrainingConfig, models, non_embedding, training_cell
+from training_cells import TrainingConfig, models, training_cell
 
 import rwkv_jax
 from rwkv_jax import config
