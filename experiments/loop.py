@@ -34,6 +34,8 @@ from rwkv_jax import (
 from rwkv_jax.convert import hub
 
 MENDABLE = (ValueError, OSError, ImportError, FloatingPointError, MemoryError)
+DIVERGED = 3
+"""Status of a run whose loss or gradient was not finite; of one that ended otherwise by what a user can mend: 1."""
 STEPS_BETWEEN_STOPS = 10
 """Of several processes, which must stop at the same step: how often each asks whether another got a signal."""
 
@@ -63,7 +65,7 @@ Prepare = Callable[[config.Settings, Mesh, np.ndarray], Work]
 
 
 def main(program: str, prepare: Prepare) -> None:
-    """Reads the command line, trains, and turns errors that a user can mend into a message and status 1."""
+    """Reads the command line, trains, and turns errors that a user can mend into a message and status 1 (DIVERGED)."""
     settings = config.parse_or_exit(sys.argv[1:], program)
     try:
         distributed.start(settings.mesh)
@@ -77,7 +79,7 @@ def main(program: str, prepare: Prepare) -> None:
         if not isinstance(error, MENDABLE):
             raise
         print(f"{program}: {error}", file=sys.stderr)
-        raise SystemExit(1) from error
+        raise SystemExit(DIVERGED if isinstance(error, FloatingPointError) else 1) from error
 
 
 def starting_point(settings: config.Settings, given: Collection[str], mesh: Mesh) -> tuple[config.Settings, Any]:

@@ -7,6 +7,7 @@ With the same seed two architectures see the same batches, so that they are comp
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from equal_size import as_large_as_rwkv4, non_embedding
+from loop import DIVERGED
 from report import RESULT
 from study import Advance, Cell, Finished, StudyConfig, compute_cells, environment, locked, write_whole
 
@@ -145,10 +147,10 @@ def run_folder(study: StudyConfig, name: str) -> Path:
 
 
 def train_cell(study: StudyConfig, cell: Cell, advance: Advance) -> dict[str, Any]:
-    """Trains, or trains on, and returns the held-out loss at the end (bits per byte) and the curves.
+    """Trains, or trains on, and returns the held-out loss at the end (bits per byte) and the curves; of a run that diverged, how.
 
     Raises:
-        OSError: train.py failed; the message has the end of what it printed.
+        OSError: train.py failed otherwise; the message has the end of what it printed.
     """
     folder = run_folder(study, cell.name)
     settings = config.from_dict({**cell.settings, "run": {**cell.settings["run"], "folder": str(folder)}}, cell.name)
@@ -177,8 +179,10 @@ def train_cell(study: StudyConfig, cell: Cell, advance: Advance) -> dict[str, An
             process.terminate()
             process.wait()
     training = run_log.read_rows(folder / run_log.METRICS)
+    end = log.read_text(encoding="utf-8").strip().splitlines()[-5:]
+    if process.returncode == DIVERGED:
+        return {"diverged": end[-1]}
     if process.returncode or len(training) < settings.run.steps:
-        end = log.read_text(encoding="utf-8").strip().splitlines()[-5:]
         raise OSError(
             f"{cell.name}: train.py ended with status {process.returncode}; {log} ends with:\n" + "\n".join(end)
         )
@@ -205,7 +209,23 @@ def curves(folder: Path, settings: config.Settings, training: Sequence[Mapping[s
 
 
 def train_all(study: StudyConfig, cells: Sequence[Cell]) -> dict[str, Finished]:
-    """Returns all cells, those trained that are not finished; as `compute_cells`."""
+    """Returns all cells, those trained that are not finished; as `compute_cells`.
+
+    Raises:
+        ValueError: A run diverged; each is named.
+    """
+    done = train_or_diverge(study, cells)
+    diverged = [f"{name}: {cell.result['diverged']}" for name, cell in done.items() if "diverged" in cell.result]
+    if diverged:
+        raise ValueError(
+            "a run of the comparison diverged; take lower training.rates (or another training.rates_from):\n  "
+            + "\n  ".join(diverged)
+        )
+    return done
+
+
+def train_or_diverge(study: StudyConfig, cells: Sequence[Cell]) -> dict[str, Finished]:
+    """Returns all cells as `train_all`, but those that diverged too."""
 
     def where(cell: Cell) -> dict[str, str]:
         # As the run wrote it: this process leaves the devices to it.
@@ -220,7 +240,7 @@ def choose_rates(
     """Returns every architecture's learning rate, and how it was chosen, for the record.
 
     Raises:
-        ValueError, OSError: training.rates_from is not there, or lacks an architecture.
+        ValueError, OSError: training.rates_from is not there, or lacks an architecture; or an architecture diverged at all rates.
     """
     if training.rates_from is not None:
         return _chosen_elsewhere(training.rates_from, sized)
@@ -231,13 +251,22 @@ def choose_rates(
         for name, model in sized.items()
         for rate in training.rates
     }
-    done = train_all(study, list(cells.values()))
+    done = train_or_diverge(study, list(cells.values()))
     losses = {
-        name: {rate: done[cells[name, rate].name].result["held_out"] for rate in training.rates} for name in sized
+        name: {rate: done[cells[name, rate].name].result.get("held_out", math.inf) for rate in training.rates}
+        for name in sized
     }
+    hopeless = [name for name, found in losses.items() if min(found.values()) == math.inf]
+    if hopeless:
+        raise ValueError(
+            f"{', '.join(hopeless)} diverged at every one of training.rates={training.rates}; add lower ones"
+        )
     rates = {name: min(found, key=found.__getitem__) for name, found in losses.items()}
     at_edge = [name for name, rate in rates.items() if rate in (min(training.rates), max(training.rates))]
-    tried = {name: {f"{rate:g}": round(loss, 4) for rate, loss in found.items()} for name, found in losses.items()}
+    tried = {
+        name: {f"{rate:g}": round(loss, 4) if loss < math.inf else "diverged" for rate, loss in found.items()}
+        for name, found in losses.items()
+    }
     return rates, {"rates": rates, "rates_tried": tried, "rates_at_the_edge_of_those_tried": at_edge}
 
 

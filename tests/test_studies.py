@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 import scaling
 import study
+import training_cells
 from equal_size import non_embedding
 from scripts import ROOT
+from study import Finished
 from training_cells import TrainingConfig, models, training_cell
 
 import rwkv_jax
@@ -110,6 +112,34 @@ def test_bins_hold_every_position_once():
     assert context.bins(512) == [0, 16, 32, 64, 128, 256, 512]
     found = context.by_position(np.arange(64.0)[None], 2.0, length=32)
     assert found == {"bins": [15.0, 47.0, 95.0], "past": 95.0}
+
+
+def test_a_rate_that_diverges_is_not_chosen_and_never_compared(monkeypatch):
+    def train(study, cells):
+        results = [{"diverged": "step 3"} if "rate0.3" in c.name else {"held_out": 2.0} for c in cells]
+        return {c.name: Finished(result, 1.0, {}) for c, result in zip(cells, results, strict=True)}
+
+    monkeypatch.setattr(training_cells, "train_or_diverge", train)
+    sized = models(TrainingConfig(), 1, 64, DATA.context_length)
+
+    def choose(*rates):
+        training = TrainingConfig(tokens=8192, rates=rates)
+        return training_cells.choose_rates(study.StudyConfig(), training, DATA, sized)
+
+    rates, how = choose(0.1, 0.3)
+    assert set(rates.values()) == {0.1} and set(how["rates_tried"]["rwkv4"].values()) == {2.0, "diverged"}
+    with pytest.raises(ValueError, match="rwkv4, rwkv7, transformer diverged at every one"):
+        choose(0.3, 0.31)
+    cell = training_cell(TrainingConfig(tokens=8192), DATA, sized["rwkv4"], rate=0.3, seed=0)
+    with pytest.raises(ValueError, match="rwkv4-1x64-.*-rate0.3-seed0: step 3"):
+        training_cells.train_all(study.StudyConfig(), [cell])
+
+
+def test_a_run_that_diverges_is_a_result_and_not_a_failure(tmp_path):
+    (model, *_) = models(TrainingConfig(), 1, 64, DATA.context_length).values()
+    own = study.StudyConfig(folder=str(tmp_path))
+    cell = training_cell(TrainingConfig(tokens=8192, validations=4), DATA, model, rate=1e30, seed=0)
+    assert "step 2: loss nan" in training_cells.train_cell(own, cell, lambda share: None)["diverged"]
 
 
 @pytest.mark.slow
