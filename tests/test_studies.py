@@ -135,6 +135,7 @@ def test_a_rate_that_diverges_is_not_chosen_and_never_compared(monkeypatch):
         training_cells.train_all(study.StudyConfig(), [cell])
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_is_a_result_and_not_a_failure(tmp_path):
     (model, *_) = models(TrainingConfig(), 1, 64, DATA.context_length).values()
     own = study.StudyConfig(folder=str(tmp_path))
