@@ -310,7 +310,9 @@ def plot(
     gains.set(xlabel="context trained at (tokens)", ylabel=f"gain past the trained length ({UNIT})")
     for axes in (by_length, by_place, gains):
         axes.set_xscale("log", base=2)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, **({"loc": "upper left", "ncols": 2} if axes is by_place else {}))
+    low, high = by_place.get_ylim()
+    by_place.set_ylim(low, high + 0.5 * (high - low))  # Room for the legend above the lines.
     for axes in (by_length, gains):
         axes.set_xticks(lengths.trained, [str(n) for n in lengths.trained])
     figure.savefig(path)
