@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
@@ -180,6 +181,8 @@ def load_checkpoint(
 ) -> tuple[Any, Config, Settings]:
     """Returns the parameters, adapters merged into them, the model config and the settings in a checkpoint of ours.
 
+    They go to their devices in the dtype asked for, one copy in all; of a model with adapters or a tuned state, in float32 first.
+
     Args:
         path: A run's folder or its `checkpoints` (the newest one is taken), or the folder of one step.
         dtype: Of the parameters; None keeps float32.
@@ -192,13 +195,15 @@ def load_checkpoint(
     config, settings = load_settings(path)
     where = None if shardings is None else shardings(config)
     if settings.finetune.method == "all":
-        params = _load_trained(path, settings, where)
-    else:
-        base = load_base(_folder(path).parent.parent)
-        params, _ = finetune.assembler(settings.finetune, config)(_load_trained(path, settings), base)
-        params = params if where is None else jax.device_put(params, where)
+        return _load_trained(path, settings, where, dtype), config, settings
+    learned = jax.tree.map(np.asarray, _load_trained(path, settings))  # On no device: `where` may have others.
+    params, _ = finetune.assembler(settings.finetune, config)(learned, load_base(_folder(path).parent.parent, where))
     if dtype is not None:
-        params = jax.tree.map(lambda x: x.astype(dtype), params)
+        leaves, tree = jax.tree.flatten(params)
+        del params
+        for i, leaf in enumerate(leaves):
+            leaves[i] = leaf.astype(dtype)  # A leaf at a time; its float32 goes.
+        params = jax.tree.unflatten(tree, leaves)
     return params, config, settings
 
 
@@ -220,13 +225,13 @@ def load_first_state(path: str | Path) -> Any:
     return finetune.first_state(_load_trained(path, settings), config)
 
 
-def _load_trained(path: str | Path, settings: Settings, shardings: Any = None) -> Any:
+def _load_trained(path: str | Path, settings: Settings, shardings: Any = None, dtype: Any = None) -> Any:
     declaration = finetune.declare(settings.finetune, settings.model)
     fresh = partial(p.init, declaration=declaration, num_layers=settings.model.num_layers)
     shapes = jax.eval_shape(fresh, jax.random.key(0))
     first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     where = jax.tree.map(lambda _: first, shapes) if shardings is None else shardings
-    shapes = jax.tree.map(lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own), shapes, where)
+    shapes = jax.tree.map(lambda x, own: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=own), shapes, where)
     return _restore_item(_folder(path), "params", ocp.args.StandardRestore(shapes))
 
 
