@@ -24,6 +24,7 @@ def module_name(path):
 
 
 HARNESS = "rwkv_jax.harness"
+PEERS = "rwkv_kernels.peers"
 EXTRAS = {HARNESS: "lm_eval"}
 """Modules that are of no use without an extra, and say so when they are imported."""
 MODULES = {module_name(path): path for path in LIBRARY + KERNELS}
@@ -73,6 +74,7 @@ def test_imports_are_found_in_every_form():
 def test_kernels_import_only_jax_numpy_jaxtyping_and_the_standard_library(name):
     foreign = {found.partition(".")[0] for found in imports(name)} - sys.stdlib_module_names
     optional = {"triton", "jax_triton"} if "triton" in name.rpartition(".")[2] else set()
+    optional |= {"torch", "fla"} if name == PEERS else set()
     assert foreign <= {"rwkv_kernels", "jax", "numpy", "jaxtyping"} | optional
 
 
@@ -147,11 +149,12 @@ def test_what_is_imported_at_the_top_of_a_module_is_a_base_dependency():
     assert undeclared == {}
 
 
-def test_only_the_writer_of_pth_imports_torch_and_only_when_it_writes():
+def test_only_the_writer_of_pth_and_the_benchmarks_peers_import_torch_and_only_when_they_run():
     for name in MODULES:
-        lazily = name != "rwkv_jax.convert.torch_file"
+        lazily = name not in ("rwkv_jax.convert.torch_file", PEERS)
         found = {found.partition(".")[0] for found in imports(name, lazy=lazily)}
-        assert not {"torch", "tensorflow"} & found, name
+        assert not {"torch", "tensorflow", "fla"} & found, name
+    assert [name for name in MODULES if PEERS in imports(name)] == ["rwkv_kernels.benchmark"]
 
 
 def test_only_the_harness_imports_lm_eval_and_nothing_imports_the_harness():
