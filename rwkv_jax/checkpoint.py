@@ -196,8 +196,10 @@ def load_checkpoint(
     where = None if shardings is None else shardings(config)
     if settings.finetune.method == "all":
         return _load_trained(path, settings, where, dtype), config, settings
-    learned = jax.tree.map(np.asarray, _load_trained(path, settings))  # On no device: `where` may have others.
-    params, _ = finetune.assembler(settings.finetune, config)(learned, load_base(_folder(path).parent.parent, where))
+    params = load_base(_folder(path).parent.parent, where)
+    if settings.finetune.method == "lora":  # A tuned state is not among the parameters.
+        learned = jax.tree.map(np.asarray, _load_trained(path, settings))  # On no device: `where` may have others.
+        params, _ = finetune.assembler(settings.finetune, config)(learned, params)
     if dtype is not None:
         leaves, tree = jax.tree.flatten(params)
         del params

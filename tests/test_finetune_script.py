@@ -16,7 +16,7 @@ import pytest
 from scripts import COMPILING, ROOT, losses
 
 import rwkv_jax
-from rwkv_jax import checkpoint, config
+from rwkv_jax import checkpoint, config, sharding
 
 STEPS = 12
 METHODS = {
@@ -114,6 +114,13 @@ def test_the_run_loads_as_a_whole_model_and_generates(finished, home):
     assert model == base_model and (model.num_layers, model.embed_dim) == (2, 16)
     moved = [bool((x != y).any()) for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(base), strict=True)]
     assert {"all": all(moved), "lora": any(moved) and not all(moved), "state": not any(moved)}[method]
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=-1))
+    spread, _ = rwkv_jax.load(folder, dtype="bfloat16", sharding=sharding.on(mesh))
+    for x, y in zip(jax.tree.leaves(spread), jax.tree.leaves(params), strict=True):
+        assert x.sharding.device_set == set(mesh.devices.flat)
+        np.testing.assert_allclose(
+            np.float32(x), np.float32(y), rtol=2**-8
+        )  # One rounding to bfloat16, and LoRA's sum.
     start = checkpoint.load_first_state(folder)
     assert (start is not None) == (method == "state")
     if start is not None:
