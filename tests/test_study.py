@@ -1,12 +1,14 @@
 """What studies share: cells are computed once, and a difference within the spread is not called one."""
 
 import json
+import re
 from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 import study
 from scipy import stats
+from scripts import ROOT
 from study import Cell, Estimate, StudyConfig, compute_cells, estimate, table, verdict
 
 from rwkv_jax.config import ConfigError, parse_as
@@ -121,3 +123,12 @@ def test_a_studys_command_line_beats_its_file_and_its_record_has_both(tmp_path):
 def test_a_table_is_markdown_with_columns_aligned():
     lines = table(["name", "loss"], [["rwkv4", 1.5], ["x", "12.25"]]).splitlines()
     assert lines == ["| name  | loss  |", "|-------|-------|", "| rwkv4 | 1.5   |", "| x     | 12.25 |"]
+
+
+@pytest.mark.parametrize("page", ["README.md", "experiments/README.md"])
+def test_every_interval_on_a_page_is_in_a_committed_record(page):
+    records = [json.loads(path.read_text()) for path in (ROOT / "experiments/results").glob("*.json")]
+    found = "\n".join(json.dumps(record, ensure_ascii=False) for record in records)
+    shown = re.findall(r"[\d.]+ ± [\d.]+\d", (ROOT / page).read_text(encoding="utf-8"))
+    assert len(shown) > 10
+    assert [interval for interval in shown if not re.search(rf"(?<![\d.]){re.escape(interval)}", found)] == []
