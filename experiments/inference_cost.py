@@ -243,7 +243,7 @@ def measure(settings: Mapping[str, Any], report: Callable[[float], object]) -> d
         return lambda carry: jax.block_until_ready(done(weights, *carry)[1])
 
     def begin() -> Any:
-        # decode takes the state's arrays over, of which some of init_state's are one and the same.
+        # Anew for each text: decode takes the arrays over.
         logits, state = jnp.zeros((1, config.vocab_size)), init_state(config, 1)
         return jax.block_until_ready((logits, state, jnp.zeros_like(logits), jax.random.key(settings["seed"])))
 

@@ -159,12 +159,13 @@ def save_base(run_folder: str | Path, params: Any, config: Config) -> None:
     save(Path(run_folder, BASE), params, config)
 
 
-def load_base(run_folder: str | Path, sharding: Shardings | None = None) -> Any:
-    """Returns the float32 parameters of the model that a run fine-tunes.
+def load_base(run_folder: str | Path, sharding: Shardings | None = None, dtype: Any = None) -> Any:
+    """Returns the parameters of the model that a run fine-tunes.
 
     Args:
         run_folder: The run's.
         sharding: As in `rwkv_jax.load`.
+        dtype: Of the parameters; None is float32.
 
     Raises:
         FileNotFoundError: The run's folder does not have them.
@@ -173,7 +174,7 @@ def load_base(run_folder: str | Path, sharding: Shardings | None = None) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; it holds the model that this run fine-tunes, put it back")
     base = open_checkpoint(path)
-    return to_params(weights(base.tensors), config_in(base, path), float_dtype("float32"), sharding)
+    return to_params(weights(base.tensors), config_in(base, path), float_dtype(dtype or "float32"), sharding)
 
 
 def load_checkpoint(
@@ -181,7 +182,7 @@ def load_checkpoint(
 ) -> tuple[Any, Config, Settings]:
     """Returns the parameters, adapters merged into them, the model config and the settings in a checkpoint of ours.
 
-    They go to their devices in the dtype asked for, one copy in all; of a model with adapters or a tuned state, in float32 first.
+    They go to their devices in the dtype asked for; of a model with adapters there is a copy in float32 beside them meanwhile.
 
     Args:
         path: A run's folder or its `checkpoints` (the newest one is taken), or the folder of one step.
@@ -194,18 +195,20 @@ def load_checkpoint(
     """
     config, settings = load_settings(path)
     where = None if shardings is None else shardings(config)
+    base = partial(load_base, _folder(path).parent.parent, where)
     if settings.finetune.method == "all":
-        return _load_trained(path, settings, where, dtype), config, settings
-    params = load_base(_folder(path).parent.parent, where)
-    if settings.finetune.method == "lora":  # A tuned state is not among the parameters.
-        learned = jax.tree.map(np.asarray, _load_trained(path, settings))  # On no device: `where` may have others.
-        params, _ = finetune.assembler(settings.finetune, config)(learned, params)
-    if dtype is not None:
-        leaves, tree = jax.tree.flatten(params)
-        del params
-        for i, leaf in enumerate(leaves):
-            leaves[i] = leaf.astype(dtype)  # A leaf at a time; its float32 goes.
-        params = jax.tree.unflatten(tree, leaves)
+        params = _load_trained(path, settings, where, dtype)
+    elif settings.finetune.method == "state":  # Which is not among the parameters.
+        params = base(dtype)
+    else:
+        assemble = finetune.assembler(settings.finetune, config)
+
+        @partial(jax.jit, out_shardings=where)
+        def merged(adapters: Any, base: Any) -> Any:
+            return jax.tree.map(lambda x: x.astype(dtype or x.dtype), assemble(adapters, base)[0])
+
+        # On no device: `where` may have others than the first.
+        params = merged(jax.tree.map(np.asarray, _load_trained(path, settings)), base())
     return params, config, settings
 
 

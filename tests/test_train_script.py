@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from loop import DIVERGED
 from scripts import COMPILING, ROOT, STEPS, command, losses, rows
 
 
@@ -136,7 +137,7 @@ def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(finished, corpus, tmp_pat
 def test_a_non_finite_loss_stops_the_run_and_is_never_saved(corpus, tmp_path):
     folder = tmp_path / "run"
     result = train(corpus, folder, "--optim.lr", "1e30", "--optim.lr_final", "1e30", "--run.checkpoint_every", "1")
-    assert result.returncode == 1
+    assert result.returncode == DIVERGED
     assert "step 2: loss nan" in result.stderr and "the last good checkpoint is" in result.stderr
     finite = [row for row in rows(folder) if row["loss"] == row["loss"] and abs(row["loss"]) != float("inf")]
     assert len(finite) == len(rows(folder))

@@ -145,7 +145,7 @@ def measure(op: str, run: Callable[..., Any], shape: Shape, dtype: str, seconds:
         return outputs, pullback(cotangents)
 
     calls = {"forward": lambda: forward(*inputs), "both": lambda: both(inputs, weights)}
-    actual = _gradients(run, _first(op, shape, dtype))
+    actual = outputs_and_gradients(run, _first(op, shape, dtype))
     return _account(op, shape, dtype, inputs, calls, actual, partial(_time, seconds=seconds))
 
 
@@ -167,7 +167,7 @@ def _first(op: str, shape: Shape, dtype: str) -> tuple[Any, ...]:
     return make(op, shape._replace(batch_size=1, num_tokens=min(64, shape.num_tokens)), dtype)
 
 
-def _gradients(run: Callable[..., Any], inputs: tuple[Any, ...]) -> tuple[Any, Any]:
+def outputs_and_gradients(run: Callable[..., Any], inputs: tuple[Any, ...]) -> tuple[Any, Any]:
     """Outputs, and the gradients for cotangents of 1."""
     outputs, pullback = jax.vjp(run, *inputs)
     return outputs, pullback(jax.tree.map(jnp.ones_like, outputs))
@@ -184,7 +184,7 @@ def _account(
 ) -> list[dict[str, Any]]:
     """A row for each direction's call; `actual` has the outputs and gradients for `_first`."""
     scan = partial(OPS[op][0], backend="scan")
-    exact = _gradients(scan, jax.tree.map(lambda x: x.astype(jnp.float32), _first(op, shape, dtype)))
+    exact = outputs_and_gradients(scan, jax.tree.map(lambda x: x.astype(jnp.float32), _first(op, shape, dtype)))
     read, written = _bytes(inputs), _bytes(jax.eval_shape(scan, *inputs))
     work = flops(op, shape)
     costs = {"forward": (read + written, work, 0), "both": (3 * read + 2 * written, 4 * work, 1)}
