@@ -10,6 +10,7 @@ import fcntl
 import inspect
 import json
 import math
+import re
 import shlex
 import subprocess
 import sys
@@ -293,8 +294,14 @@ def record(study: StudyConfig, settings: Any, cells: Mapping[str, Finished], fin
         **findings,
         "cells": {name: {"seconds": round(cell.seconds, 1), "result": cell.result} for name, cell in cells.items()},
     }
-    write_whole(Path(f"{prefix}.json"), json.dumps(row, indent=1, allow_nan=False) + "\n")
+    write_whole(Path(f"{prefix}.json"), _indented(row) + "\n")
     return prefix
+
+
+def _indented(row: Any) -> str:
+    """JSON with a line for each value, but one for all of a list of numbers."""
+    text = json.dumps(row, indent=1, allow_nan=False)
+    return re.sub(r"\[[\s\d.,eE+-]*\]", lambda numbers: re.sub(r"\n\s*", " ", numbers[0]), text)
 
 
 def panels(*titles: str, columns: int | None = None) -> tuple[Any, list[Any]]:

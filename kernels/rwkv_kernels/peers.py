@@ -144,17 +144,17 @@ def synchronize(result: Any) -> None:
         torch.cuda.synchronize()
 
 
-def _wkv4_to_fla(k, v, w, u, aa, bb, pp):
+def _wkv4_to_fla(k: Any, v: Any, w: Any, u: Any, aa: Any, bb: Any, pp: Any) -> tuple[Any, ...]:
     import torch
 
     return (-w).log(), u, k, v, torch.stack((aa, bb, pp), 1)[:, :, None]  # Its decay is exp(-exp w).
 
 
-def _wkv4_from_fla(y, state):
+def _wkv4_from_fla(y: Any, state: Any) -> tuple[Any, ...]:
     return y, *state[:, :, 0].unbind(1)
 
 
-def _fla_wkv4(*arguments):
+def _fla_wkv4(*arguments: Any) -> tuple[Any, ...]:
     from fla.ops.rwkv4 import fused_recurrent_rwkv4
 
     return fused_recurrent_rwkv4(*arguments)
@@ -163,32 +163,32 @@ def _fla_wkv4(*arguments):
 def _fla(op: str, kernel: str, **options: Any) -> Callable[..., tuple[Any, ...]]:
     """fla's kernels of ops with heads: log-decays as ours, the state last and as [key, value]."""
 
-    def call(*arguments):
+    def call(*arguments: Any) -> tuple[Any, ...]:
         run = getattr(importlib.import_module(f"fla.ops.{op}"), f"{kernel}_{op}")
         return run(*arguments[:-1], scale=1.0, initial_state=arguments[-1], output_final_state=True, **options)
 
     return call
 
 
-def _transpose_state(*tensors):
+def _transpose_state(*tensors: Any) -> tuple[Any, ...]:
     """Between a state of [key, value] and one of [value, key], in arguments or outputs."""
     return *tensors[:-1], tensors[-1].mT
 
 
-def _wkv4_to_rwkv(k, v, w, u, *state):
+def _wkv4_to_rwkv(k: Any, v: Any, w: Any, u: Any, *state: Any) -> tuple[Any, ...]:
     return w, u, k, v, *state
 
 
-def _wkv6_to_rwkv(r, k, v, w, u, state):
+def _wkv6_to_rwkv(r: Any, k: Any, v: Any, w: Any, u: Any, state: Any) -> tuple[Any, ...]:
     return r, k, v, w.exp(), u.to(r.dtype), state.mT
 
 
-def _wkv7_to_rwkv(r, w, k, v, a, b, state):
+def _wkv7_to_rwkv(r: Any, w: Any, k: Any, v: Any, a: Any, b: Any, state: Any) -> tuple[Any, ...]:
     return r, (-w).log().to(r.dtype), k, v, a, b, state  # Its decay is exp(-exp w), of a w in the tokens' dtype.
 
 
-def _rwkv_wkv4(w, u, k, v, *state):
-    state = [x.clone() for x in state]  # Its kernels write over the state that they are given.
+def _rwkv_wkv4(w: Any, u: Any, k: Any, v: Any, *state: Any) -> tuple[Any, ...]:
+    state = tuple(x.clone() for x in state)  # Its kernels write over the state that they are given.
     y = k.new_empty(k.shape)
     _built("rwkv", ("wrapper.cpp", "operators.cu")).wkv_forward(*k.shape, w, u, k, v, y, *state)
     return y, *state
@@ -197,7 +197,7 @@ def _rwkv_wkv4(w, u, k, v, *state):
 def _rwkv(library: str, op: str) -> Callable[..., tuple[Any, ...]]:
     """The `rwkv` package's kernels of ops with heads."""
 
-    def call(*arguments):
+    def call(*arguments: Any) -> tuple[Any, ...]:
         *tokens, state = arguments
         batch_size, num_tokens, num_heads, head_dim = tokens[0].shape
         dtype = {"bfloat16": "bf16", "float32": "fp32"}[str(tokens[0].dtype).removeprefix("torch.")]

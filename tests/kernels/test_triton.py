@@ -13,8 +13,8 @@ from rwkv_kernels import dispatch, hardware, triton_report, wkv4, wkv7
 from rwkv_kernels.wkv7.api import BACKENDS
 
 ROOT = Path(__file__).parents[2]
-SPILLS = {("wkv4", 64): 0, ("wkv7", 16): 0, ("wkv7", 64): 64}
-"""Bytes a thread may spill; kernels/README.md has what heads of 128 spill."""
+SPILLS = {("wkv4", 64): 0, ("wkv7", 16): 0, ("wkv7", 64): 64, ("wkv7", 128): 896}
+"""Bytes a thread may spill, by operator and channels of a head (or of a program, for wkv4)."""
 
 
 @pytest.mark.slow
@@ -37,7 +37,7 @@ def test_both_kernels_of_an_op_compile(case):
         pytest.skip(reason)
     for launch in triton_report.launches(case):
         spilled = triton_report.compile_launch(launch, case.capability).spilled_bytes
-        assert spilled <= SPILLS.get((case.op, case.head_dim), spilled)
+        assert spilled <= SPILLS[case.op, case.head_dim]
 
 
 def kernels_called(op, *inputs):
