@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from kernel_backends import SLOWEST, beside_the_oracle, each_case, hold_against_the_scan, on_this_device
 from rwkv_kernels import WKV4State, explain_wkv4, numerics, wkv4
-from rwkv_kernels.wkv4 import cases
+from rwkv_kernels.wkv4 import bounded, cases
 from rwkv_kernels.wkv4.api import BACKENDS
-from rwkv_kernels.wkv4.parallel import chunk_length
+from rwkv_kernels.wkv4.chunked import chunk_length
+from rwkv_kernels.wkv4.reference import EMPTY
 
 HERE, FAST = on_this_device(BACKENDS), beside_the_oracle(BACKENDS)
 IN_FLOAT64 = on_this_device(BACKENDS, jnp.float64)
@@ -65,6 +66,39 @@ def test_extreme_keys_stay_finite_and_no_less_exact_than_the_scan(backend, x64):
     for a, s, e in zip(*map(jax.tree.leaves, (actual, scan, exact)), strict=True):
         assert np.isfinite(a).all()
         assert numerics.relative_error(a, e) <= max(numerics.FLOAT32_TOLERANCE, numerics.relative_error(s, e))
+
+
+def fits(inputs):
+    k, w, u, state = jax.tree.map(jnp.asarray, (inputs.k, inputs.w, inputs.u, WKV4State(*inputs.state)))
+    return bool(bounded.fits(k, w, u, state))
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_parallel_equals_the_scan_where_one_channels_keys_need_a_running_maximum(name, x64):
+    inputs = cases.make(cases.CASES[name])
+    assert fits(inputs)
+    higher = np.where(np.arange(inputs.k.shape[2]) == 1, bounded.BOUND + 8, 0)
+    aa, bb, pp = inputs.state
+    inputs = bfloat16_exact(inputs._replace(k=inputs.k + higher, state=(aa, bb, np.where(pp > EMPTY, pp + higher, pp))))
+    assert not fits(inputs)
+    hold_against_the_scan(run, inputs, "parallel", [jnp.float64, jnp.float32, jnp.bfloat16])
+
+
+def test_parallel_equals_the_scan_just_within_the_bound(x64):
+    inputs = bfloat16_exact(cases.make(cases.Case(num_tokens=101, key_scale=37.0, reset="random", ragged=True)))
+    assert fits(inputs)
+    hold_against_the_scan(run, inputs, "parallel", [jnp.float64, jnp.float32])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("k", 41.0), ("k", -41.0), ("k", np.nan), ("u", 41.0), ("w", 0.1), ("w", -np.inf), ("pp", 41.0)]
+)
+def test_what_no_plain_sum_is_for_does_not_fit(name, value):
+    inputs = cases.make(cases.Case(num_tokens=3, time_decay=(-1, 1)))
+    arrays = {"k": inputs.k, "u": inputs.u, "w": inputs.w, "pp": inputs.state[2]}
+    assert fits(inputs)
+    arrays[name][..., -1] = value
+    assert not fits(inputs)
 
 
 @pytest.mark.slow

@@ -1,0 +1,139 @@
+"""wkv4 in parallel over time for keys whose exponentials neither overflow nor vanish: sums are held as they are.
+
+With x_t = e^{k_t} v_t and z_t = e^{k_t}, the sums before a token and the future's demands on those after it are recurrences with a
+constant factor and no exponential:
+
+    a_{t+1} = e^w a_t + x_t             A_{s-1} = e^w A_s + g_s                g_t = gy_t / (b_t + e^u z_t)
+    b_{t+1} = e^w b_t + z_t             B_{s-1} = e^w B_s + g_s y_s
+    y_t     = (a_t + e^u x_t) / (b_t + e^u z_t)
+
+    gv_s = z_s (A_s + e^u g_s)          gk_s = z_s (v_s A_s - B_s + e^u g_s (v_s - y_s))
+    gu   = sum_s e^u z_s g_s (v_s - y_s)                       gw = e^w sum_t (a_t A_t - b_t B_t)
+
+z is at least e^-BOUND, so a denominator is too, and what of the state's past underflows is lost beside it to rounding anyway.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Int
+
+from .chunked import Chunks, Saved, at, count_after, log_decay, put, where
+from .reference import WKV4State
+
+BOUND = 40.0
+"""Of |k| + |u| and of the state's pp: far enough from float32's e^-87 and e^88 for sums of 1e6 tokens and their cotangents."""
+
+
+def fits(k: Array, w: Array, u: Array, state: WKV4State) -> Bool[Array, ""]:
+    """Returns whether these inputs are bounded so; NaN is not."""
+    keys = jnp.abs(k).max() + jnp.abs(u).max()
+    return (keys <= BOUND) & (state.pp.max() <= BOUND) & (w.max() <= 0) & jnp.isfinite(w).all()
+
+
+def forward(inputs: Chunks, w: Array, u: Array, state: WKV4State) -> tuple[Array, WKV4State, Saved]:
+    """Returns y [B, N, C, D], the final state, and for `backward` the sums a and b before every token."""
+    z = jnp.exp(inputs.k)
+    x = z * inputs.v
+    scale = jnp.exp(state.pp)
+    entries, (a_end, b_end) = _entries(inputs, w, (x, z), (scale * state.aa, scale * state.bb), later=True)
+    a, b = _walk(inputs, w, (x, z), entries, later=True)
+    bonus = jnp.exp(u)
+    y = where(inputs.valid, (a + bonus * x) / (b + bonus * z), 0.0)
+
+    pp = _greatest_exponent(inputs, w, state.pp)
+    scale = jnp.exp(-pp)
+    final = WKV4State(scale * a_end, scale * b_end, pp)
+    if inputs.valid is not None:  # A row of which no token counts keeps its state, whose pp may be out of bounds.
+        final = where(inputs.valid.any((1, 2)), final, state)
+    return y, final, Saved(a, b, WKV4State(*entries, jnp.zeros_like(entries[0])))
+
+
+def backward(inputs: Chunks, w: Array, u: Array, state: WKV4State, y: Array, saved: Saved, gy: Array):
+    """Returns gk, gv [B, N, C, D], gw, gu [D], and the gradients of the state's aa and bb, all for y's cotangent gy."""
+    v, a, b = inputs.v, saved.first, saved.second
+    z = jnp.exp(inputs.k)
+    now = jnp.exp(u) * z
+    g = gy / (b + now)
+    gh = g * y
+    nothing = (jnp.zeros_like(state.aa),) * 2
+    exits, (a_start, b_start) = _entries(inputs, w, (g, gh), nothing, later=False)
+    asked_a, asked_b = _walk(inputs, w, (g, gh), exits, later=False)
+    own = where(inputs.valid, now * g * (v - y), 0.0)
+    gv = where(inputs.valid, z * asked_a + now * g, 0.0)
+    gk = where(inputs.valid, z * (v * asked_a - asked_b), 0.0) + own
+    gw = where(inputs.valid, a * asked_a - b * asked_b, 0.0).sum((0, 1, 2)) * jnp.exp(w)
+    scale = jnp.exp(state.pp)
+    return gk, gv, gw, own.sum((0, 1, 2)), scale * a_start, -scale * b_start
+
+
+def _entries(inputs: Chunks, w: Array, terms: tuple[Array, Array], start: tuple[Array, Array], *, later: bool):
+    """Walks over chunks, from the first or the last: (the two sums that each begins with [B, N, D], what the end is left with)."""
+    batch, num_chunks, chunk, width = inputs.k.shape
+    if inputs.valid is None and inputs.reset is None:
+        steps = jnp.arange(chunk)[:, None]
+        weights = jnp.exp((chunk - 1 - steps if later else steps) * w)
+    else:
+        count, cut_off = _between(inputs, later)
+        weights = jnp.where(cut_off, 0.0, jnp.exp(count * w))
+    # Of an array of [B N, C, D]: XLA's CPU backend sums [1, N, C, D] ten times as slowly.
+    flat = ((x * weights).reshape(-1, chunk, width).sum(1) for x in terms)
+    added = tuple(x.reshape(batch, num_chunks, width) for x in flat)
+    decay = jnp.exp(log_decay(inputs, w, -jnp.inf))
+
+    def step(carry, chunk):
+        decay, *own = chunk
+        return tuple(decay * x + y for x, y in zip(carry, own, strict=True)), carry
+
+    over_chunks = tuple(x.swapaxes(0, 1) for x in (decay, *added))
+    end, begins = lax.scan(step, start, over_chunks, reverse=not later)
+    return tuple(x.swapaxes(0, 1) for x in begins), end
+
+
+def _between(inputs: Chunks, later: bool) -> tuple[Int[Array, "B N C 1"], Bool[Array, "B N C 1"]]:
+    """How many tokens that count lie between each token and its chunk's end (start), and whether it does not reach it."""
+    batch, num_chunks, chunk, _ = inputs.k.shape
+    valid = jnp.ones((batch, num_chunks, chunk, 1), bool) if inputs.valid is None else inputs.valid
+    starts = jnp.zeros_like(valid) if inputs.reset is None else inputs.reset & valid
+
+    def number(flags):  # Strictly after each token, or before it.
+        flags = flags.reshape(-1, chunk)
+        counts = count_after(flags)[:, 1:] if later else count_after(flags[:, ::-1])[:, ::-1][:, :-1]
+        return counts.reshape(valid.shape)
+
+    cuts = number(starts) if later else number(starts) + starts
+    return number(valid), ~valid | (cuts > 0)
+
+
+def _walk(inputs: Chunks, w: Array, terms: tuple[Array, Array], begins: tuple[Array, Array], *, later: bool):
+    """Walks through all chunks at once: the two sums before each token, forgotten where it says so, or after it [B, N, C, D]."""
+    chunk, decay = inputs.k.shape[2], jnp.exp(w)
+
+    def forget(reset, x):
+        return x if reset is None else jnp.where(reset, 0.0, x)
+
+    def body(i, carry):
+        sums, kept = carry
+        j = i if later else chunk - 1 - i
+        reset, valid = at((inputs.reset, inputs.valid), j)
+        if later:  # A token that starts a sequence reads nothing, and hands on its own term alone.
+            sums = tuple(where(valid, forget(reset, x), x) for x in sums)
+        kept = tuple(put(x, y, j) for x, y in zip(kept, sums, strict=True))
+        new = tuple(decay * x + at(y, j) for x, y in zip(sums, terms, strict=True))
+        if not later:
+            new = tuple(forget(reset, x) for x in new)
+        return where(valid, new, sums), kept
+
+    return lax.fori_loop(0, chunk, body, (begins, tuple(map(jnp.zeros_like, terms))))[1]
+
+
+def _greatest_exponent(inputs: Chunks, w: Array, start: Array) -> Array:
+    """The final pp: the greatest exponent among those that the final sums are of [B, D]."""
+    count, cut_off = _between(inputs, later=True)
+    own = jnp.where(cut_off, -jnp.inf, inputs.k + count * w).max(2)
+    decay = log_decay(inputs, w, -jnp.inf)
+
+    def step(pp, chunk):
+        own, decay = chunk
+        return jnp.maximum(pp + decay, own), None
+
+    return lax.scan(step, start, (own.swapaxes(0, 1), decay.swapaxes(0, 1)))[0]
