@@ -140,12 +140,13 @@ def test_padding_past_length_has_no_effect_and_no_gradient(backend):
     length = jnp.array([13, 30])
     bad = jnp.arange(30)[None, :, None] >= length[:, None, None]
 
-    def loss(k, v):
-        y, state = wkv4(k, v, w, u, length=length, backend=backend)
+    def loss(k, v, reset):
+        y, state = wkv4(k, v, w, u, reset=reset, length=length, backend=backend)
         return jnp.sum(y**2) + sum(jnp.sum(x) for x in state)
 
-    (gk, gv) = jax.grad(loss, argnums=(0, 1))(jnp.where(bad, jnp.inf, k), jnp.where(bad, jnp.nan, v))
-    clean_k, clean_v = jax.grad(loss, argnums=(0, 1))(k, v)
+    past = bad[..., 0] & jnp.ones((2, 30), bool)
+    (gk, gv) = jax.grad(loss, argnums=(0, 1))(jnp.where(bad, jnp.inf, k), jnp.where(bad, jnp.nan, v), past)
+    clean_k, clean_v = jax.grad(loss, argnums=(0, 1))(k, v, jnp.zeros_like(past))
     assert not np.any(np.where(bad, gk, 0)) and not np.any(np.where(bad, gv, 0))
     np.testing.assert_array_equal(gk, clean_k)
     np.testing.assert_array_equal(gv, clean_v)

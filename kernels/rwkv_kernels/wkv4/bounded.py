@@ -13,6 +13,8 @@ constant factor and no exponential:
 z is at least e^-BOUND, so a denominator is too, and what of the state's past underflows is lost beside it to rounding anyway.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
@@ -55,8 +57,8 @@ def backward(inputs: Chunks, w: Array, u: Array, state: WKV4State, y: Array, sav
     now = jnp.exp(u) * z
     g = gy / (b + now)
     gh = g * y
-    nothing = (jnp.zeros_like(state.aa),) * 2
-    exits, (a_start, b_start) = _entries(inputs, w, (g, gh), nothing, later=False)
+    nothing = jnp.zeros_like(state.aa)
+    exits, (a_start, b_start) = _entries(inputs, w, (g, gh), (nothing, nothing), later=False)
     asked_a, asked_b = _walk(inputs, w, (g, gh), exits, later=False)
     own = where(inputs.valid, now * g * (v - y), 0.0)
     gv = where(inputs.valid, z * asked_a + now * g, 0.0)
@@ -66,7 +68,9 @@ def backward(inputs: Chunks, w: Array, u: Array, state: WKV4State, y: Array, sav
     return gk, gv, gw, own.sum((0, 1, 2)), scale * a_start, -scale * b_start
 
 
-def _entries(inputs: Chunks, w: Array, terms: tuple[Array, Array], start: tuple[Array, Array], *, later: bool):
+def _entries(
+    inputs: Chunks, w: Array, terms: tuple[Array, Array], start: tuple[Array, Array], *, later: bool
+) -> tuple[Any, Any]:
     """Walks over chunks, from the first or the last: (the two sums that each begins with [B, N, D], what the end is left with)."""
     batch, num_chunks, chunk, width = inputs.k.shape
     if inputs.valid is None and inputs.reset is None:
