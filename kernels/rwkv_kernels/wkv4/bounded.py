@@ -47,7 +47,8 @@ def forward(inputs: Chunks, w: Array, u: Array, state: WKV4State) -> tuple[Array
     final = WKV4State(scale * a_end, scale * b_end, pp)
     if inputs.valid is not None:  # A row of which no token counts keeps its state, whose pp may be out of bounds.
         final = where(inputs.valid.any((1, 2)), final, state)
-    return y, final, Saved(a, b, WKV4State(*entries, jnp.zeros_like(entries[0])))
+    a_entry, b_entry = entries
+    return y, final, Saved(a, b, WKV4State(a_entry, b_entry, jnp.zeros_like(a_entry)))
 
 
 def backward(inputs: Chunks, w: Array, u: Array, state: WKV4State, y: Array, saved: Saved, gy: Array):
