@@ -11,7 +11,7 @@ from kernel_backends import SLOWEST, beside_the_oracle, each_case, hold_against_
 from rwkv_kernels import WKV4State, explain_wkv4, numerics, wkv4
 from rwkv_kernels.wkv4 import bounded, cases
 from rwkv_kernels.wkv4.api import BACKENDS
-from rwkv_kernels.wkv4.chunked import chunk_length
+from rwkv_kernels.wkv4.cutting import chunk_length
 from rwkv_kernels.wkv4.reference import EMPTY
 
 HERE, FAST = on_this_device(BACKENDS), beside_the_oracle(BACKENDS)
@@ -85,13 +85,24 @@ def test_parallel_equals_the_scan_where_one_channels_keys_need_a_running_maximum
 
 
 def test_parallel_equals_the_scan_just_within_the_bound(x64):
-    inputs = bfloat16_exact(cases.make(cases.Case(num_tokens=101, key_scale=37.0, reset="random", ragged=True)))
+    inputs = bfloat16_exact(cases.make(cases.Case(num_tokens=101, key_scale=26.0, reset="random", ragged=True)))
     assert fits(inputs)
     hold_against_the_scan(run, inputs, "parallel", [jnp.float64, jnp.float32])
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("k", 41.0), ("k", -41.0), ("k", np.nan), ("u", 41.0), ("w", 0.1), ("w", -np.inf), ("pp", 41.0)]
+    ("name", "value"),
+    [
+        ("k", 21.0),
+        ("k", -21.0),
+        ("k", np.nan),
+        ("u", 31.0),
+        ("w", 0.1),
+        ("w", -np.inf),
+        ("pp", 21.0),
+        ("pp", -21.0),
+        ("pp", np.nan),
+    ],
 )
 def test_what_no_plain_sum_is_for_does_not_fit(name, value):
     inputs = cases.make(cases.Case(num_tokens=3, time_decay=(-1, 1)))
@@ -142,7 +153,8 @@ def test_padding_past_length_has_no_effect_and_no_gradient(backend):
 
     def loss(k, v, reset):
         y, state = wkv4(k, v, w, u, reset=reset, length=length, backend=backend)
-        return jnp.sum(y**2) + sum(jnp.sum(x) for x in state)
+        cost = jnp.sqrt(jnp.abs(y))  # Its gradient at the zeros past the end is not finite.
+        return jnp.sum(jnp.where(bad, 0, cost)) + sum(jnp.sum(x) for x in state)
 
     past = bad[..., 0] & jnp.ones((2, 30), bool)
     (gk, gv) = jax.grad(loss, argnums=(0, 1))(jnp.where(bad, jnp.inf, k), jnp.where(bad, jnp.nan, v), past)

@@ -10,7 +10,7 @@ constant factor and no exponential:
     gv_s = z_s (A_s + e^u g_s)          gk_s = z_s (v_s A_s - B_s + e^u g_s (v_s - y_s))
     gu   = sum_s e^u z_s g_s (v_s - y_s)                       gw = e^w sum_t (a_t A_t - b_t B_t)
 
-z is at least e^-BOUND, so a denominator is too, and what of the state's past underflows is lost beside it to rounding anyway.
+The same exponents in float32 run from e^-87 to e^88, so BOUND leaves room for values and cotangents of 1e-20 to 1e20.
 """
 
 from typing import Any
@@ -19,17 +19,18 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
-from .chunked import Chunks, Saved, at, count_after, log_decay, put, where
-from .reference import WKV4State
+from .cutting import Chunks, Saved, at, count_after, log_decay, put, where
+from .reference import EMPTY, WKV4State
 
-BOUND = 40.0
-"""Of |k| + |u| and of the state's pp: far enough from float32's e^-87 and e^88 for sums of 1e6 tokens and their cotangents."""
+BOUND = 30.0
+"""Of |k| + |u|, and of |pp| in a state that is not empty."""
 
 
 def fits(k: Array, w: Array, u: Array, state: WKV4State) -> Bool[Array, ""]:
-    """Returns whether these inputs are bounded so; NaN is not."""
+    """Returns whether all of these inputs are bounded so, and decays finite; NaN is not."""
     keys = jnp.abs(k).max() + jnp.abs(u).max()
-    return (keys <= BOUND) & (state.pp.max() <= BOUND) & (w.max() <= 0) & jnp.isfinite(w).all()
+    scale = jnp.where(state.pp <= EMPTY, 0.0, jnp.abs(state.pp)).max()
+    return (keys <= BOUND) & (scale <= BOUND) & (w.max() <= 0) & jnp.isfinite(w).all()
 
 
 def forward(inputs: Chunks, w: Array, u: Array, state: WKV4State) -> tuple[Array, WKV4State, Saved]:
@@ -42,10 +43,10 @@ def forward(inputs: Chunks, w: Array, u: Array, state: WKV4State) -> tuple[Array
     bonus = jnp.exp(u)
     y = where(inputs.valid, (a + bonus * x) / (b + bonus * z), 0.0)
 
-    pp = _greatest_exponent(inputs, w, state.pp)
+    pp = _greatest_exponent(inputs, w, state.pp)  # Rounded once: the sums are scaled by it.
     scale = jnp.exp(-pp)
     final = WKV4State(scale * a_end, scale * b_end, pp)
-    if inputs.valid is not None:  # A row of which no token counts keeps its state, whose pp may be out of bounds.
+    if inputs.valid is not None:  # A row of which no token counts keeps its state, which may be empty.
         final = where(inputs.valid.any((1, 2)), final, state)
     a_entry, b_entry = entries
     return y, final, Saved(a, b, WKV4State(a_entry, b_entry, jnp.zeros_like(a_entry)))
@@ -56,13 +57,13 @@ def backward(inputs: Chunks, w: Array, u: Array, state: WKV4State, y: Array, sav
     v, a, b = inputs.v, saved.first, saved.second
     z = jnp.exp(inputs.k)
     now = jnp.exp(u) * z
-    g = gy / (b + now)
+    g = where(inputs.valid, gy / (b + now), 0.0)  # Whatever the cotangent is where no token counts.
     gh = g * y
     nothing = jnp.zeros_like(state.aa)
     exits, (a_start, b_start) = _entries(inputs, w, (g, gh), (nothing, nothing), later=False)
     asked_a, asked_b = _walk(inputs, w, (g, gh), exits, later=False)
-    own = where(inputs.valid, now * g * (v - y), 0.0)
-    gv = where(inputs.valid, z * asked_a + now * g, 0.0)
+    own = now * g * (v - y)
+    gv = where(inputs.valid, z * asked_a, 0.0) + now * g
     gk = where(inputs.valid, z * (v * asked_a - asked_b), 0.0) + own
     gw = where(inputs.valid, a * asked_a - b * asked_b, 0.0).sum((0, 1, 2)) * jnp.exp(w)
     scale = jnp.exp(state.pp)
@@ -85,8 +86,8 @@ def _entries(
     added = tuple(x.reshape(batch, num_chunks, width) for x in flat)
     decay = jnp.exp(log_decay(inputs, w, -jnp.inf))
 
-    def step(carry, chunk):
-        decay, *own = chunk
+    def step(carry, one):
+        decay, *own = one
         return tuple(decay * x + y for x, y in zip(carry, own, strict=True)), carry
 
     over_chunks = tuple(x.swapaxes(0, 1) for x in (decay, *added))
@@ -98,7 +99,8 @@ def _between(inputs: Chunks, later: bool) -> tuple[Int[Array, "B N C 1"], Bool[A
     """How many tokens that count lie between each token and its chunk's end (start), and whether it does not reach it."""
     batch, num_chunks, chunk, _ = inputs.k.shape
     valid = jnp.ones((batch, num_chunks, chunk, 1), bool) if inputs.valid is None else inputs.valid
-    starts = jnp.zeros_like(valid) if inputs.reset is None else inputs.reset & valid
+    starts = inputs.starts()
+    starts = jnp.zeros_like(valid) if starts is None else starts
 
     def number(flags):  # Strictly after each token, or before it.
         flags = flags.reshape(-1, chunk)
@@ -133,12 +135,11 @@ def _walk(inputs: Chunks, w: Array, terms: tuple[Array, Array], begins: tuple[Ar
 
 def _greatest_exponent(inputs: Chunks, w: Array, start: Array) -> Array:
     """The final pp: the greatest exponent among those that the final sums are of [B, D]."""
-    count, cut_off = _between(inputs, later=True)
-    own = jnp.where(cut_off, -jnp.inf, inputs.k + count * w).max(2)
-    decay = log_decay(inputs, w, -jnp.inf)
-
-    def step(pp, chunk):
-        own, decay = chunk
-        return jnp.maximum(pp + decay, own), None
-
-    return lax.scan(step, start, (own.swapaxes(0, 1), decay.swapaxes(0, 1)))[0]
+    batch, num_chunks, chunk, width = inputs.k.shape
+    valid = jnp.ones((batch, num_chunks * chunk), bool) if inputs.valid is None else inputs.valid.reshape(batch, -1)
+    starts = inputs.starts()
+    starts = jnp.zeros_like(valid) if starts is None else starts.reshape(batch, -1)
+    decays, cuts = (count_after(flags)[..., None] for flags in (valid, starts))
+    own = inputs.k.reshape(batch, -1, width) + decays[:, 1:] * w
+    own = jnp.where(valid[..., None] & (cuts[:, 1:] == 0), own, -jnp.inf).max(1)
+    return jnp.maximum(own, jnp.where(cuts[:, 0] == 0, start + decays[:, 0] * w, -jnp.inf))

@@ -5,8 +5,9 @@ the chunks turns that into the state at each chunk's start; a walk of all chunks
 loops are about sqrt(T) long, and nearly all the work is done on arrays of sqrt(T) tokens. The backward pass is the same in the
 other direction.
 
-Trained models' keys are small enough to sum their exponentials as they are (`bounded`), which takes half the time of sums with a
-running maximum (`scaled`). Which of the two runs is decided by the largest key of the call, on the device.
+Exponentials of small keys are summed as they are (`bounded`), which takes about half the time of sums with a running maximum
+(`scaled`). Which of the two runs is decided on the device, by the greatest key, bonus and scale of the whole call; under `vmap`
+both run.
 """
 
 import jax
@@ -16,7 +17,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
 from . import bounded, scaled
-from .chunked import count_after, cut, join, split
+from .cutting import count_after, cut, join, split
 from .reference import WKV4State
 
 
@@ -39,32 +40,30 @@ def parallel(
 
 @jax.custom_vjp
 def _wkv(k, v, w, u, state, reset, length):
-    return _forward(k, v, w, u, state, reset, length)[:2]
+    return _forward(k, v, w, u, state, reset, length)[0]
 
 
 def _forward(k, v, w, u, state, reset, length):
-    y, final, saved = lax.cond(
-        bounded.fits(k, w, u, state), bounded.forward, scaled.forward, cut(k, v, reset, length), w, u, state
-    )
-    return join(y, k.shape[1]), final, saved
+    fits = bounded.fits(k, w, u, state)
+    inputs = cut(k, v, reset, length)
+    y, final, saved = lax.cond(fits, bounded.forward, scaled.forward, inputs, w, u, state)
+    return (join(y, k.shape[1]), final), (fits, saved)
 
 
 def _wkv_fwd(*arguments):
     k, v, w, u, state, reset, length = jax.tree.map(
         lambda x: x.value, arguments, is_leaf=lambda x: hasattr(x, "perturbed")
     )
-    y, final, saved = _forward(k, v, w, u, state, reset, length)
-    return (y, final), (k, v, w, u, state, reset, length, y, final, saved)
+    (y, final), (fits, saved) = _forward(k, v, w, u, state, reset, length)
+    return (y, final), (k, v, w, u, state, reset, length, y, final, fits, saved)
 
 
 def _wkv_bwd(residuals, cotangents):
-    k, v, w, u, state, reset, length, y, final, saved = residuals
+    k, v, w, u, state, reset, length, y, final, fits, saved = residuals
     gy, gfinal = cotangents
     inputs = cut(k, v, reset, length)
     y, gy = (split(x, inputs.k.shape[2]) for x in (y, _dense(gy, y)))
-    gk, gv, gw, gu, gaa, gbb = lax.cond(
-        bounded.fits(k, w, u, state), bounded.backward, scaled.backward, inputs, w, u, state, y, saved, gy
-    )
+    gk, gv, gw, gu, gaa, gbb = lax.cond(fits, bounded.backward, scaled.backward, inputs, w, u, state, y, saved, gy)
     gk, gv = join(gk, k.shape[1]), join(gv, k.shape[1])
     gstate = WKV4State(gaa, gbb, gaa * state.aa + gbb * state.bb)
     if not all(

@@ -1,6 +1,7 @@
 """wkv4 in parallel over time for any keys: sums are held with a running maximum of their exponents.
 
-The forward pass stores y, the denominators and one state a chunk. With lse_t = log(denominator_t) and the future's demand on the
+What each chunk adds to the state comes from a first walk of all chunks at once, from the empty state. The backward pass needs y, the
+denominators and one state a chunk. With lse_t = log(denominator_t) and the future's demand on the
 state after token s
 
     A_s = sum_{t>s} exp((t-1-s) w - lse_t) gy_t         B_s the same with gy_t y_t         A'_s, B'_s = dA_s/dw, dB_s/dw
@@ -25,7 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from .chunked import Chunks, Saved, at, log_decay, put, where
+from .cutting import Chunks, Saved, at, log_decay, put, where
 from .reference import EMPTY, WKV4State
 
 
@@ -162,18 +163,18 @@ def _walk_back(inputs: Chunks, w, u, asks: _Asks, exits: _Demand, entries: WKV4S
     return gk, gv, gw.sum((0, 1)), gu.sum((0, 1))
 
 
-def _compose(added: Any, log_decay: Array, start: Any) -> tuple[Any, Any]:
+def _compose(added: Any, log_decays: Array, start: Any) -> tuple[Any, Any]:
     """Walks over chunks: (what each starts from [B, N, D], what the last ends with [B, D])."""
 
     def step(carry, inputs):
         *sums, scale = carry
-        (*added, added_scale), log_decay = inputs
-        decayed = scale + log_decay
+        (*added, added_scale), own_decay = inputs
+        decayed = scale + own_decay
         q = jnp.maximum(decayed, added_scale)
         e1, e2 = jnp.exp(decayed - q), jnp.exp(added_scale - q)
         return type(carry)(*(e1 * x + e2 * y for x, y in zip(sums, added, strict=True)), q), carry
 
-    by_chunk = jax.tree.map(lambda x: x.swapaxes(0, 1), (added, log_decay))
+    by_chunk = jax.tree.map(lambda x: x.swapaxes(0, 1), (added, log_decays))
     end, starts = lax.scan(step, start, by_chunk)
     return jax.tree.map(lambda x: x.swapaxes(0, 1), starts), end
 

@@ -25,14 +25,14 @@ class Chunks(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What a walk's own backward pass needs of the forward one."""
+    """What a forward walk leaves to its own backward one; `lax.cond` wants the same arrays of both."""
 
     first: Array
-    """[B, N, C, D]."""
+    """`scaled`: each token's denominator; `bounded`: the sum a before it [B, N, C, D]."""
     second: Array
-    """[B, N, C, D]."""
+    """`scaled`: the denominator's log-scale; `bounded`: the sum b before it [B, N, C, D]."""
     entries: WKV4State
-    """The state before each chunk [B, N, D]."""
+    """The state before each chunk [B, N, D], which only `scaled` reads."""
 
 
 def chunk_length(num_tokens: int) -> int:
