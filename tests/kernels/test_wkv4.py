@@ -93,14 +93,14 @@ def test_parallel_equals_the_scan_just_within_the_bound(x64):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("k", 21.0),
-        ("k", -21.0),
+        ("k", 31.0),
+        ("k", -31.0),
         ("k", np.nan),
         ("u", 31.0),
         ("w", 0.1),
         ("w", -np.inf),
-        ("pp", 21.0),
-        ("pp", -21.0),
+        ("pp", 31.0),
+        ("pp", -31.0),
         ("pp", np.nan),
     ],
 )
