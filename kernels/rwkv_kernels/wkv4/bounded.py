@@ -112,7 +112,7 @@ def _between(inputs: Chunks, later: bool) -> tuple[Int[Array, "B N C 1"], Bool[A
 
 
 def _walk(inputs: Chunks, w: Array, terms: tuple[Array, Array], begins: tuple[Array, Array], *, later: bool):
-    """Walks through all chunks at once: the two sums before each token, forgotten where it says so, or after it [B, N, C, D]."""
+    """Walks through all chunks at once: what each token finds of the two sums, of the past or of the future [B, N, C, D]."""
     chunk, decay = inputs.k.shape[2], jnp.exp(w)
 
     def forget(reset, x):
