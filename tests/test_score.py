@@ -82,6 +82,19 @@ def test_a_whole_text_is_scored_across_pieces(shared, name, x64):
     assert abs(one.log_likelihood - expected["token_logprobs"].sum()) < 1e-9
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_every_token_of_a_text_is_scored_in_float32(shared, name):
+    params, config, expected = load_reference(shared, name)
+    tokens, own = expected["tokens"], expected["token_logprobs"]
+    begins = [1, 128, 256, 384]
+    found = score(
+        params, config, [Request(tokens[:i], tokens[i:j]) for i, j in zip(begins, [*begins[1:], 512], strict=True)]
+    )
+    for one, exact in zip(found, np.split(own, [i - 1 for i in begins[1:]]), strict=True):
+        assert abs(one.log_likelihood - exact.sum()) < TOLERANCE
+
+
 @pytest.mark.parametrize(("convention", "before"), [("newline", [10]), ("zero", [0]), ("none", [0])])
 def test_an_empty_context_is_the_first_token_alone(shared, convention, before):
     params, config, _ = load_reference(shared, "tiny-4v0")

@@ -132,3 +132,10 @@ def test_every_interval_on_a_page_is_in_a_committed_record(page):
     shown = re.findall(r"[\d.]+ ± [\d.]+\d", (ROOT / page).read_text(encoding="utf-8"))
     assert len(shown) > 10
     assert [interval for interval in shown if not re.search(rf"(?<![\d.]){re.escape(interval)}", found)] == []
+
+
+def test_a_record_has_lists_of_numbers_on_one_line_and_loses_nothing():
+    row = {"a": [1, -2.5e-07, 3.0], "b": ["[1,\n 2]", "[ 3 ]"], "c": [], "d": [[1], {"e": [4, None]}]}
+    text = study._indented(row)
+    assert json.loads(text) == row
+    assert '"a": [ 1, -2.5e-07, 3.0 ]' in text
