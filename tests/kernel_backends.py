@@ -20,6 +20,12 @@ def beside_the_oracle(backends):
     return [name for name in on_this_device(backends) if name != "scan"]
 
 
+def holding(backends, head_dim):
+    """The same that hold heads of so many channels; not the slowest."""
+    call = dispatch.here(head_dim)
+    return [x for x in beside_the_oracle(backends) if x != SLOWEST and not backends[x].why_not(call)]
+
+
 def interpreted(backends):
     """Those that an interpreter runs, which takes long: of its cases most are slow tests."""
     return [name for name in on_this_device(backends) if backends[name].by_name]

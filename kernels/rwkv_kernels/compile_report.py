@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import hardware
+from .dispatch import LARGEST_HEAD
 
 OPS = ("wkv4", "wkv6", "wkv7")
 
@@ -37,8 +38,9 @@ _KERNELS = [
 ]
 CASES = [
     Case(op, backend, target, head_dim, dtype)
-    for (op, backend, target), head_dim, dtype in itertools.product(_KERNELS, (64, 128), ("bfloat16", "float32"))
-    if op != "wkv4" or head_dim == 64  # It has no heads; its channels are cut into blocks of one size.
+    for (op, backend, target), head_dim, dtype in itertools.product(_KERNELS, (64, 128, 256), ("bfloat16", "float32"))
+    # wkv4 has no heads; its channels are cut into blocks of one size.
+    if head_dim <= (64 if op == "wkv4" else LARGEST_HEAD[backend])
 ]
 BACKENDS = tuple(dict.fromkeys(backend for _, backend, _ in _KERNELS))
 

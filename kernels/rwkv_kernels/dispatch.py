@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from . import hardware
 
-LARGEST_HEAD = {"gpu": 128, "tpu": 256}
-"""Channels of a head that the kernels for a platform hold, at most."""
+LARGEST_HEAD = {"pallas_gpu": 256, "mosaic_gpu": 128, "triton": 128, "pallas_tpu": 256}
+"""Channels of a head that kernels hold, at most."""
 
 
 class Call(NamedTuple):
@@ -72,10 +72,10 @@ def anything(call: Call) -> None:
     del call
 
 
-def heads_fit(kernels_for: str, call: Call) -> str | None:
-    """Returns why kernels for a platform cannot hold a call's heads, or None where they can."""
-    if call.head_dim > LARGEST_HEAD[kernels_for]:
-        return f"a head has {call.head_dim} channels; this kernel holds at most {LARGEST_HEAD[kernels_for]}"
+def heads_fit(kernels: str, call: Call) -> str | None:
+    """Returns why kernels (a key of LARGEST_HEAD) cannot hold a call's heads, or None where they can."""
+    if call.head_dim > LARGEST_HEAD[kernels]:
+        return f"a head has {call.head_dim} channels; this kernel holds at most {LARGEST_HEAD[kernels]}"
     return None
 
 
@@ -90,7 +90,7 @@ def ampere(call: Call) -> str | None:
 
 def triton_gpu(call: Call) -> str | None:
     """The `why_not` of Pallas kernels that Triton compiles."""
-    return ampere(call) or _cannot_import("jax.experimental.pallas.triton") or heads_fit("gpu", call)
+    return ampere(call) or _cannot_import("jax.experimental.pallas.triton") or heads_fit("pallas_gpu", call)
 
 
 def mosaic_gpu(call: Call) -> str | None:
@@ -102,12 +102,12 @@ def mosaic_gpu(call: Call) -> str | None:
         return f"needs the shared memory of an NVIDIA GPU of compute capability 9.0 (Hopper) to 11, and {found}"
     if call.dtype == "float64":
         return "holds tokens in bfloat16, float16 or float32, and an input is float64"
-    return _cannot_import("jax.experimental.pallas.mosaic_gpu") or heads_fit("gpu", call)
+    return _cannot_import("jax.experimental.pallas.mosaic_gpu") or heads_fit("mosaic_gpu", call)
 
 
 def mosaic_gpu_interpreted(call: Call) -> str | None:
     """The `why_not` of the same in JAX's interpreter of GPU kernels."""
-    return _cannot_import("jax.experimental.pallas.mosaic_gpu") or heads_fit("gpu", call)
+    return _cannot_import("jax.experimental.pallas.mosaic_gpu") or heads_fit("mosaic_gpu", call)
 
 
 def tpu(call: Call) -> str | None:
@@ -116,7 +116,7 @@ def tpu(call: Call) -> str | None:
         return f"needs a TPU, and the device in use is a {call.platform}"
     if call.dtype in ("float16", "float64"):
         return f"holds tokens in bfloat16 or float32, and an input is {call.dtype}"
-    return _cannot_import("jax.experimental.pallas.tpu") or heads_fit("tpu", call)
+    return _cannot_import("jax.experimental.pallas.tpu") or heads_fit("pallas_tpu", call)
 
 
 def _cannot_import(module: str) -> str | None:

@@ -47,10 +47,10 @@ def kernel_backends(
         "pallas_tpu": dispatch.Backend(tpu, dispatch.tpu, least_tokens=LEAST_TOKENS),
     }, {
         "pallas_gpu_interpreted": dispatch.Backend(
-            partial(gpu, interpret=True), partial(dispatch.heads_fit, "gpu"), by_name=True
+            partial(gpu, interpret=True), partial(dispatch.heads_fit, "pallas_gpu"), by_name=True
         ),
         **interpreted,
         "pallas_tpu_interpreted": dispatch.Backend(
-            partial(tpu, interpret=True), partial(dispatch.heads_fit, "tpu"), by_name=True
+            partial(tpu, interpret=True), partial(dispatch.heads_fit, "pallas_tpu"), by_name=True
         ),
     }

@@ -80,7 +80,7 @@ def why_not(call: dispatch.Call) -> str | None:
         return reason
     if call.dtype == "float64":
         return "holds the state in float32, and an input is float64"
-    return _cannot_call() or dispatch.heads_fit("gpu", call)
+    return _cannot_call() or dispatch.heads_fit("triton", call)
 
 
 def _cannot_call() -> str | None:

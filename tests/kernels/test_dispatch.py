@@ -24,7 +24,8 @@ def chosen(call):
         (Call("gpu", 8.0, 128, 16), "pallas_gpu"),
         (Call("gpu", 9.0, 64, 1), "parallel"),
         (Call("gpu", 7.5, 64, 4096), "parallel"),
-        (Call("gpu", 9.0, 256, 4096), "parallel"),
+        (Call("gpu", 9.0, 256, 4096), "pallas_gpu"),
+        (Call("gpu", 9.0, 257, 4096), "parallel"),
         (Call("tpu", None, 256, 4096), "pallas_tpu"),
         (Call("tpu", None, 64, 15), "parallel"),
         (Call("tpu", None, 64, 4096, "float16"), "parallel"),
@@ -40,7 +41,7 @@ def test_the_best_backend_is_chosen(call, name):
     [
         ("pallas_gpu", Call("cpu"), "pallas_gpu: needs a GPU, and the device in use is a cpu"),
         ("pallas_gpu", Call("gpu", 7.5), "this one has 7.5"),
-        ("pallas_gpu", Call("gpu", 8.0, 192), "a head has 192 channels; this kernel holds at most 128"),
+        ("pallas_gpu", Call("gpu", 8.0, 320), "a head has 320 channels; this kernel holds at most 256"),
         ("mosaic_gpu", Call("cpu"), "mosaic_gpu: needs a GPU, and the device in use is a cpu"),
         ("mosaic_gpu", Call("gpu", 8.0), "compute capability 9.0 (Hopper) to 11, and this one has 8.0"),
         ("mosaic_gpu", Call("gpu"), "9.0 (Hopper) to 11, and that of the one in use is not known"),

@@ -7,7 +7,7 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_backends import SLOWEST, beside_the_oracle, each_case, hold_against_the_scan, on_this_device
+from kernel_backends import SLOWEST, beside_the_oracle, each_case, hold_against_the_scan, holding, on_this_device
 from rwkv_kernels import explain_wkv7, wkv7
 from rwkv_kernels.wkv7 import cases
 from rwkv_kernels.wkv7.api import BACKENDS
@@ -56,6 +56,14 @@ def as_float32(inputs):
 @pytest.mark.parametrize(("name", "backend", "dtypes"), each_case(BACKENDS, cases.CASES))
 def test_backend_equals_scan_in_outputs_and_all_gradients(name, backend, dtypes, x64):
     check(cases.CASES[name], backend, dtypes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", [128, 256])
+@pytest.mark.parametrize("backend", holding(BACKENDS, 256))
+def test_backend_equals_scan_with_wide_heads(backend, head_dim, x64):
+    case = cases.Case(1, 37, 1, key_dim=head_dim, value_dim=head_dim, reset="random")
+    check(case, backend, [jnp.float64, jnp.float32, jnp.bfloat16])
 
 
 @pytest.mark.slow
