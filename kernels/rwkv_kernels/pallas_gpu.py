@@ -213,9 +213,9 @@ def _backward_chunks(op: Recurrence, products: Products, problem: Problem, entri
 
         def pull_back(p, _):
             _, pullback = jax.vjp(products.factors, *keys_of(p))
-            # In a loop of its own, since within the next it would spill registers.
-            gkept = sum(((entry * exit).sum(0, keepdims=True) for entry, exit in states_of(p)), zeros.kept)
-            greads, gwrites = zeros.reads, zeros.writes
+            greads, gwrites, gkept = zeros.reads, zeros.writes, zeros.kept
+            for entry, exit in states_of(p):  # A loop of its own, since within the next it would spill registers.
+                gkept += (entry * exit).sum(0, keepdims=True)
             for gf, x, (entry, exit) in zip(gfound, written, states_of(p), strict=True):
                 greads, gwrites = _add(greads, gf, entry), _add(gwrites, x, exit)
             gwrites = tuple(masked(ends.to_end, x) for x in gwrites)
