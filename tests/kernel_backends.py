@@ -21,9 +21,9 @@ def beside_the_oracle(backends):
 
 
 def holding(backends, head_dim):
-    """The same that hold heads of so many channels; not the slowest."""
+    """The same that hold heads of so many channels."""
     call = dispatch.here(head_dim)
-    return [x for x in beside_the_oracle(backends) if x != SLOWEST and not backends[x].why_not(call)]
+    return [name for name in beside_the_oracle(backends) if not backends[name].why_not(call)]
 
 
 def interpreted(backends):

@@ -1,6 +1,7 @@
 """Sizes of the kernels' blocks, by op and head size, chosen ahead of time and never by timing under jit.
 
-No GPU has timed them: they are those for which the compilers report the fewest spilled registers (see kernels/README.md).
+No GPU has timed them: of the cuts tried, they spill few registers or none by the compilers' reports
+(see kernels/README.md).
 """
 
 from typing import NamedTuple
