@@ -179,21 +179,18 @@ def _backward_chunks(op: Recurrence, products: Products, problem: Problem, entri
 
         keys_of = partial(parts.keys, token_refs, shared_refs, 0)
 
-        def states_of(p):
-            return [
-                tuple(ref[0, block, pl.ds(p * parts.piece, parts.piece)] for ref in (entry_ref, exit_ref))
-                for block in parts.blocks
-            ]
+        def blocks_of(ref, p):
+            return [ref[0, block, pl.ds(p * parts.piece, parts.piece)] for block in parts.blocks]
 
         def meet(p, sums):
             """Adds up the scores, what each block of values finds in the state, and the cotangent of what it writes."""
             scores, found, gwritten = sums
-            own, states = products.factors(*keys_of(p)), states_of(p)
+            own = products.factors(*keys_of(p))
             writes = [masked(ends.to_end, x) for x in own.writes]
             return (
                 jax.tree.map(jnp.add, scores, own.scores),
-                [_add(f, own.reads, entry, (1, 1)) for f, (entry, _) in zip(found, states, strict=True)],
-                [_add(g, writes, exit, (1, 1)) for g, (_, exit) in zip(gwritten, states, strict=True)],
+                [_add(f, own.reads, x, (1, 1)) for f, x in zip(found, blocks_of(entry_ref, p), strict=True)],
+                [_add(g, writes, x, (1, 1)) for g, x in zip(gwritten, blocks_of(exit_ref, p), strict=True)],
             )
 
         zeros = _zeros(products, keys_of)
@@ -214,9 +211,10 @@ def _backward_chunks(op: Recurrence, products: Products, problem: Problem, entri
         def pull_back(p, _):
             _, pullback = jax.vjp(products.factors, *keys_of(p))
             greads, gwrites, gkept = zeros.reads, zeros.writes, zeros.kept
-            for entry, exit in states_of(p):  # A loop of its own, since within the next it would spill registers.
+            entries, exits = blocks_of(entry_ref, p), blocks_of(exit_ref, p)
+            for entry, exit in zip(entries, exits, strict=True):  # A loop of its own: within the next it would spill registers.
                 gkept += (entry * exit).sum(0, keepdims=True)
-            for gf, x, (entry, exit) in zip(gfound, written, states_of(p), strict=True):
+            for gf, x, entry, exit in zip(gfound, written, entries, exits, strict=True):
                 greads, gwrites = _add(greads, gf, entry), _add(gwrites, x, exit)
             gwrites = tuple(masked(ends.to_end, x) for x in gwrites)
             gtokens, gshared = pullback(Factors(greads, gwrites, masked(ends.through, gkept), gscores))

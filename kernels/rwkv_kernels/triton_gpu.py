@@ -42,20 +42,17 @@ class Launch(NamedTuple):
     """Of 32 threads, a program."""
 
 
-class Kernels(NamedTuple):
-    """An op's kernels, as launches; a shared parameter is [G, H, 1, X] here, for G groups of rows that follow one another."""
-
-    forward: Callable[..., Launch]
-    """forward(problem, save): gives y, the final state and, with `save`, the states at the chunks' starts [B, H, N, ...]."""
-    backward: Callable[..., Launch]
-    """backward(problem, entries, gy, gstate): the cotangents of tokens, of shared parameters [B, H, 1, X], and of the state.
-
-    Those of tokens that several programs add to are [B, parts, T, H, X].
-    """
-
-
 Launcher = Callable[[Launch], tuple[Array, ...]]
 """Runs a launch and returns its outputs."""
+
+
+class Kernels(NamedTuple):
+    """An op's kernels; a shared parameter is [G, H, 1, X] here, for G groups of rows that follow one another."""
+
+    forward: Callable[..., tuple[Array, ...]]
+    """forward(launcher, problem, save): y, the final state and, with `save`, the states at the chunks' starts [B, H, N, ...]."""
+    backward: Callable[..., tuple[Array, ...]]
+    """backward(launcher, problem, entries, gy, gstate): the cotangents of tokens, of shared parameters [B, H, 1, X], and the state."""
 
 
 def backend(op: str, kernel: Callable[..., Any]) -> dispatch.Backend:
@@ -141,15 +138,14 @@ def through_jax_triton(launch: Launch) -> tuple[Array, ...]:
 @functools.cache
 def _differentiable(kernels: Kernels, launcher: Launcher) -> Any:
     def forward(problem, *, save):
-        y, *states = launcher(kernels.forward(problem, save))
+        y, *states = kernels.forward(launcher, problem, save)
         size = len(problem.state)
         return y, tuple(states[:size]), tuple(states[size:]) if save else ()
 
     def backward(problem, entries, gy, gstate):
         tokens, shared, state, _ = problem
-        out = launcher(kernels.backward(problem, entries, gy, gstate))
+        out = kernels.backward(launcher, problem, entries, gy, gstate)
         gtokens, gshared, gstate = out[: len(tokens)], out[len(tokens) : -len(state)], out[-len(state) :]
-        gtokens = (g.sum(1).astype(x.dtype) if g.ndim > x.ndim else g for g, x in zip(gtokens, tokens, strict=True))
         gshared = (g.reshape(x.shape[0], -1, *x.shape[1:]).sum(1) for g, x in zip(gshared, shared, strict=True))
         return tuple(gtokens), tuple(gshared), tuple(gstate)
 

@@ -36,7 +36,9 @@ _SIZES = {
     ("wkv7", 64): Sizes(Block(8, 64, 16), Block(8, 32, 16), Block(8, 64, 16)),
     ("wkv7", 128): Sizes(Block(8, 32, 16), Block(8, 16, 16), Block(8, 16, 16)),
     ("wkv7", 256): Sizes(Block(8, 16, 64), Block(8, 16, 16), Block(8, 16, 16)),
-    ("wkv7_triton", 128): Sizes(Block(8, 32), Block(8, 32)),
+    ("wkv7_triton", 64): Sizes(Block(8, 32, 16), Block(8, 64, 16), Block(8, 64, 16)),
+    ("wkv7_triton", 128): Sizes(Block(8, 32, 16), Block(8, 16, 16), Block(8, 16, 16)),
+    ("wkv7_triton", 256): Sizes(Block(8, 16, 32), Block(8, 16, 16), Block(8, 16, 16)),
 }
 
 

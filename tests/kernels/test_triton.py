@@ -13,8 +13,6 @@ from rwkv_kernels import dispatch, hardware, triton_report, wkv4, wkv7
 from rwkv_kernels.wkv7.api import BACKENDS
 
 ROOT = Path(__file__).parents[2]
-SPILLS = {("wkv4", 64): 0, ("wkv7", 16): 0, ("wkv7", 64): 64, ("wkv7", 128): 896}
-"""Bytes a thread may spill, by operator and channels of a head (or of a program, for wkv4)."""
 
 
 @pytest.mark.slow
@@ -32,12 +30,11 @@ def test_interpreted_kernels_pass_every_test_of_a_backend(op):
 
 @pytest.mark.aot
 @pytest.mark.parametrize("case", triton_report.CASES, ids=lambda case: "-".join(map(str, case)))
-def test_both_kernels_of_an_op_compile(case):
+def test_the_kernels_of_an_op_compile_and_spill_nothing(case):
     if reason := triton_report.why_not():
         pytest.skip(reason)
     for launch in triton_report.launches(case):
-        spilled = triton_report.compile_launch(launch, case.capability).spilled_bytes
-        assert spilled <= SPILLS[case.op, case.head_dim]
+        assert triton_report.compile_launch(launch, case.capability).spilled_bytes == 0, launch.kernel.__name__
 
 
 def kernels_called(op, *inputs):
@@ -50,7 +47,7 @@ def kernels_called(op, *inputs):
 
 @pytest.mark.aot
 @pytest.mark.parametrize("target", hardware.GPUS)
-def test_a_gradient_calls_both_kernels_through_jax_triton(target):
+def test_a_gradient_calls_every_kernel_through_jax_triton(target):
     if reason := BACKENDS["triton"].why_not(dispatch.Call("gpu")):
         pytest.skip(reason)
     array = lambda *shape, dtype="bfloat16": jax.ShapeDtypeStruct(shape, dtype)
@@ -59,4 +56,4 @@ def test_a_gradient_calls_both_kernels_through_jax_triton(target):
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("x",))
     with jax.sharding.use_abstract_mesh(hardware.abstract(target, mesh)):
         assert kernels_called(wkv4, token, token, channel, channel) == 2
-        assert kernels_called(wkv7, head, decay, head, head, head, head) == 2
+        assert kernels_called(wkv7, head, decay, head, head, head, head) == 3

@@ -21,7 +21,7 @@ import triton.language as tl
 from jaxtyping import Array
 
 from ..recurrence import Problem
-from ..triton_gpu import Kernels, Launch
+from ..triton_gpu import Kernels, Launch, Launcher
 from ..tuning import sizes
 from . import chunk
 from .reference import EMPTY
@@ -30,26 +30,28 @@ _EMPTY = tl.constexpr(EMPTY)
 _STARTS, _COUNTS = tl.constexpr(chunk.STARTS), tl.constexpr(chunk.COUNTS)
 
 
-def _forward(problem: Problem, save: bool) -> Launch:
+def _forward(launcher: Launcher, problem: Problem, save: bool) -> tuple[Array, ...]:
     tokens, shared, state, marks = problem
     constants = _constants(problem) | {"SAVE": save}
     entries = [(*x.shape[:2], constants["N"], *x.shape[2:]) if save else (1,) for x in state]
     outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (tokens[1], *state)]
     outputs += [jax.ShapeDtypeStruct(shape, x.dtype) for shape, x in zip(entries, state, strict=True)]
     inputs = (*tokens, *shared, *state, tokens[0] if marks is None else marks)
-    return Launch(_forward_kernel, _grid(problem), inputs, tuple(outputs), constants, sizes("wkv4", 64).forward.warps)
+    warps = sizes("wkv4", 64).forward.warps
+    return launcher(Launch(_forward_kernel, _grid(problem), inputs, tuple(outputs), constants, warps))
 
 
-def _backward(problem: Problem, entries: Sequence[Array], gy: Array, gstate: Sequence[Array]) -> Launch:
+def _backward(
+    launcher: Launcher, problem: Problem, entries: Sequence[Array], gy: Array, gstate: Sequence[Array]
+) -> tuple[Array, ...]:
     tokens, shared, state, marks = problem
     rows = tokens[0].shape[0]
     outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in tokens]
     outputs += [jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for x in shared]
     outputs += [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in state]
     inputs = (*tokens, *shared, tokens[0] if marks is None else marks, *entries, gy, *gstate)
-    return Launch(
-        _backward_kernel, _grid(problem), inputs, tuple(outputs), _constants(problem), sizes("wkv4", 64).backward.warps
-    )
+    warps = sizes("wkv4", 64).backward.warps
+    return launcher(Launch(_backward_kernel, _grid(problem), inputs, tuple(outputs), _constants(problem), warps))
 
 
 KERNELS = Kernels(_forward, _backward)

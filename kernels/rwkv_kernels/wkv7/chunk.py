@@ -47,24 +47,32 @@ def mix(scores, found, v, marks):
         earlier, present = (mask & (sequence == sequence_row) for mask in (earlier, present))
     ab, ak = (jnp.where(earlier, x, 0) for x in (ab, ak))
     rb, rk = (jnp.where(present, x, 0) for x in (rb, rk))
-    u = dot(_inverse(ab), found + dot(ak, v))
+    u = _solve(ab, found + dot(ak, v))
     return read + dot(rb, u) + dot(rk, v), (u, v)
 
 
 @jax.custom_jvp
+def _solve(lower: Float[Array, "C C"], x: Float[Array, "C V"]) -> Float[Array, "C V"]:
+    """Returns (I - lower)^-1 x for a strictly lower triangular matrix."""
+    return dot(_inverse(lower), x)
+
+
+@_solve.defjvp
+def _solve_jvp(primals, tangents):
+    lower, x = primals
+    lower_dot, x_dot = tangents
+    inverse = _inverse(lower)
+    solved = dot(inverse, x)
+    return solved, dot(inverse, x_dot + dot(lower_dot, solved))
+
+
 def _inverse(lower: Float[Array, "C C"]) -> Float[Array, "C C"]:
-    """Returns (I - lower)^-1 of a strictly lower triangular matrix, in blocks of doubled size: T_21 = T_22 M_21 T_11."""
+    """Returns (I - lower)^-1, in blocks of doubled size: T_21 = T_22 M_21 T_11."""
     among = grid(lower.shape[0])
     inverse = jnp.where(among.row == among.column, 1, 0) + jnp.where(among.pairs(0), lower, 0)
     for level in range(1, lower.shape[0].bit_length() - 1):
         inverse += dot(dot(inverse, jnp.where(among.pairs(level), lower, 0)), inverse)
     return inverse
-
-
-@_inverse.defjvp
-def _inverse_jvp(primals, tangents):
-    inverse = _inverse(*primals)
-    return inverse, dot(dot(inverse, *tangents), inverse)
 
 
 RECURRENCE = of_products("wkv7", Products(factors, mix, split=3), num_tokens=16, step=STEP)
