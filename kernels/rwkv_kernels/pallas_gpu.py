@@ -311,9 +311,9 @@ class _Parts:
 
     def chunk_from(self, token_refs: list[Any], shared_refs: list[Any], weights: Any, mark_ref: Any, i: Any) -> Any:
         """The i-th chunk as a function of the state before it."""
-        tokens, marks = self.chunk(token_refs, i), self.marks_of(mark_ref, i)
-        products = self.op.products
+        marks, products = self.marks_of(mark_ref, i), self.op.products
         if products is None:
+            tokens = self.chunk(token_refs, i)
             return lambda state: self.op.chunk(tokens, weights, state, marks)
         keys = partial(self.keys, [ref for n, ref in enumerate(token_refs) if n != products.split], shared_refs, i)
 
@@ -322,6 +322,7 @@ class _Parts:
             return jax.tree.map(jnp.add, sums, products.factors(*keys(p)).scores)
 
         scores = lax.fori_loop(0, self.pieces, add, _zeros(products, keys).scores)
+        tokens = self.chunk(token_refs, i)  # Here, because registers would hold them through the loop.
         return lambda state: self.op.chunk(tokens, weights, state, marks, scores)
 
     def keys(self, token_refs: list[Any], shared_refs: list[Any], i: Any, p: Any) -> Any:
