@@ -32,7 +32,10 @@ def interpreted(backends):
 
 
 def each_case(backends, cases, quick=None):
-    """(case, backend, dtypes) for every backend beside the oracle; slow are cases not in `quick`, and for an interpreter most."""
+    """(case, backend, dtypes) for every backend beside the oracle; slow are cases not in `quick`, and most low dtypes.
+
+    For an interpreter most cases are slow.
+    """
     low = [jnp.float32, jnp.bfloat16]
     params = []
     in_float64 = on_this_device(backends, jnp.float64)
@@ -40,7 +43,8 @@ def each_case(backends, cases, quick=None):
         slowly = backend in interpreted(backends)
         for case in cases:
             fast = case in (quick or cases) and (not slowly or case in FEW)
-            parts = [([jnp.float64], fast), (low, False)] if slowly else [([jnp.float64, *low], fast)]
+            few = fast and not slowly and case in FEW
+            parts = [([jnp.float64, *low], True)] if few else [([jnp.float64], fast), (low, False)]
             for dtypes, is_fast in parts if backend in in_float64 else [(low, fast)]:
                 name = f"{case}-{backend}-{'-'.join(jnp.dtype(dtype).name for dtype in dtypes)}"
                 params.append(pytest.param(case, backend, dtypes, marks=() if is_fast else pytest.mark.slow, id=name))
@@ -48,7 +52,7 @@ def each_case(backends, cases, quick=None):
 
 
 FEW = ("ragged_end", "lengths_and_resets", "values_of_another_width")
-"""What an interpreter is given in the fast tests."""
+"""What an interpreter is given in the fast tests, and what the others are given there in every dtype."""
 
 
 def hold_against_the_scan(run, inputs, backend, dtypes):

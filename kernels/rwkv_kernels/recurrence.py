@@ -15,15 +15,18 @@ from jaxtyping import Array, Bool, Int
 
 
 class Step(NamedTuple):
-    """One token of one head, as functions of arrays [V, K]: every token's are spread over the rows or columns of the state.
+    """One token of one head, as functions of arrays [V, K]: `token(i)` gives its numbers from the i-th array, spread over the state.
 
     `spread(x)` does that with a sum over key channels, [V].
     """
 
     forward: Callable[..., Any]
-    """forward(tokens, state, spread) -> (y [V], state after the token)."""
+    """forward(token, state, spread) -> (y [V], state after the token)."""
     backward: Callable[..., Any]
-    """backward(tokens, state before the token, gy, gstate after it, spread) -> (gtokens, gstate): [K] each, or [V] for values."""
+    """backward(token, state before the token, gy, gstate after it, spread, put) -> gstate before it.
+
+    `put(i, g)` takes the cotangent of the token's numbers from the i-th array, [K], or [V] for values.
+    """
 
 
 class Recurrence(NamedTuple):

@@ -41,7 +41,9 @@ def carried(run, config):
     return run(draw(config, 3, 9, seed=5))[1]
 
 
-@pytest.mark.parametrize("cut", [1, 7, 16, 36])
+@pytest.mark.parametrize(
+    "cut", [pytest.param(1, marks=pytest.mark.slow), 7, 16, pytest.param(36, marks=pytest.mark.slow)]
+)
 def test_prefix_then_suffix_equals_whole(run, config, carried, cut):
     tokens = draw(config, 3, 37)
     whole, final = run(tokens, carried)
@@ -138,7 +140,9 @@ def gradients(params, config, tokens, state, reset, length, backend):
 
 
 @OF_WKV
-@pytest.mark.parametrize("hard", [False, True], ids=["plain", "resets_and_lengths"])
+@pytest.mark.parametrize(
+    "hard", [pytest.param(False, marks=pytest.mark.slow, id="plain"), pytest.param(True, id="resets_and_lengths")]
+)
 def test_gradients_of_parameters_and_states_equal_autodiff_of_the_scan(params, config, hard):
     tokens, rng = draw(config, 3, 21), np.random.default_rng(1)
     state = rwkv_jax.forward(params, config, draw(config, 3, 9, seed=5))[1]

@@ -5,7 +5,7 @@ it so. The backward kernel walks a chunk forward first, and keeps the state befo
 walks up to three tokens again, to the state before the one whose turn it is. Nothing is inverted, so that nothing is lost to rounding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -53,7 +53,7 @@ def forward(op: Recurrence, problem: Problem, interpret: bool, *, save: bool) ->
 
             def token(t, state):
                 state = tile.cut(inputs.marks, i, t, state)
-                y, state = tile.step.forward(tile.tokens(token_parts, t), state, tile.spread)
+                y, state = tile.step.forward(tile.numbers(token_parts, t), state, tile.spread)
                 y_part[t] = y.astype(y_part.dtype)
                 return state
 
@@ -101,7 +101,7 @@ def backward(
 
             def step(t, state):
                 state = tile.cut(problem.marks, i, t, state)
-                return tile.step.forward(tile.tokens(token_parts, t), state, tile.spread)[1]
+                return tile.step.forward(tile.numbers(token_parts, t), state, tile.spread)[1]
 
             def keep(j, state):
                 for n in range(_GROUP):
@@ -117,9 +117,8 @@ def backward(
                         state = step(j * _GROUP + earlier, state)
                     state = tile.cut(problem.marks, i, t, state)
                     gy = tile.token(gy_part, t, 0)
-                    gtokens, gstate = tile.step.backward(tile.tokens(token_parts, t), state, gy, gstate, tile.spread)
-                    for part, g in zip(gtoken_parts, gtokens, strict=True):
-                        part[t] = g.astype(part.dtype)
+                    token, put = tile.numbers(token_parts, t), tile.writer(gtoken_parts, t)
+                    gstate = tile.step.backward(token, state, gy, gstate, tile.spread, put)
                     gstate = tile.cut(problem.marks, i, t, gstate)
                 return gstate
 
@@ -214,9 +213,17 @@ class _Tile:
         """One token's numbers, spread."""
         return self.spread(self.hint(part[t], 1 - axis).astype(self.wide), axis)
 
-    def tokens(self, parts: Sequence[Any], t: Any) -> list[Any]:
-        """One token's numbers from each array, spread."""
-        return [self.token(part, t, 0 if rows else 1) for part, rows in zip(parts, self.by_row, strict=True)]
+    def numbers(self, parts: Sequence[Any], t: Any) -> Callable[[int], Any]:
+        """Reads one token's numbers from an array, spread."""
+        return lambda i: self.token(parts[i], t, 0 if self.by_row[i] else 1)
+
+    def writer(self, parts: Sequence[Any], t: Any) -> Callable[[int, Any], None]:
+        """Writes what one token has in an array."""
+
+        def put(i: int, x: Any) -> None:
+            parts[i][t] = x.astype(parts[i].dtype)
+
+        return put
 
     def cut(self, starts: Any, i: Any, t: Any, x: Any) -> Any:
         """The state before a token, or its cotangent: 0 where a sequence starts."""
