@@ -212,9 +212,8 @@ def _backward_chunks(op: Recurrence, products: Products, problem: Problem, entri
             _, pullback = jax.vjp(products.factors, *keys_of(p))
             greads, gwrites, gkept = zeros.reads, zeros.writes, zeros.kept
             entries, exits = blocks_of(entry_ref, p), blocks_of(exit_ref, p)
-            for entry, exit in zip(
-                entries, exits, strict=True
-            ):  # A loop of its own: within the next it would spill registers.
+            # In a loop of its own, since within the next it would spill registers.
+            for entry, exit in zip(entries, exits, strict=True):
                 gkept += (entry * exit).sum(0, keepdims=True)
             for gf, x, entry, exit in zip(gfound, written, entries, exits, strict=True):
                 greads, gwrites = _add(greads, gf, entry), _add(gwrites, x, exit)

@@ -7,11 +7,8 @@ import pytest
 from rwkv_kernels import compile_report, hardware
 
 SPILLS = {
-    ("wkv6", "pallas_gpu", 256): 8,
-    ("wkv7", "pallas_gpu", 128): 8,
-    ("wkv7", "pallas_gpu", 256): 72,
-    ("wkv7", "mosaic_gpu", 64): 64,
-    ("wkv7", "mosaic_gpu", 128): 4608,
+    ("wkv7", "pallas_gpu", 256): 12,
+    ("wkv7", "mosaic_gpu", 128): 8,
 }
 """Bytes a thread may spill, by op, backend and head, where that is not none; kernels/README.md has what it spills."""
 
