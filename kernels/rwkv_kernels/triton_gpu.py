@@ -1,7 +1,8 @@
 """A recurrence as Triton kernels for GPUs, called through jax-triton.
 
-An op's `triton.py` gives its two kernels as launches: what to run, on which arrays, cut how. Here is what is common: the derivative,
-vmap (rows of all problems become rows of one batch), and the call through jax-triton, which another `Launcher` can take the place of.
+An op's `triton.py` gives both ways as functions that have their kernels launched: which, on which arrays, cut how. Here is what is
+common: the derivative, vmap (rows of all problems become rows of one batch), and the call through jax-triton, which another
+`Launcher` can take the place of.
 """
 
 import functools
@@ -147,7 +148,7 @@ def _differentiable(kernels: Kernels, launcher: Launcher) -> Any:
         out = kernels.backward(launcher, problem, entries, gy, gstate)
         gtokens, gshared, gstate = out[: len(tokens)], out[len(tokens) : -len(state)], out[-len(state) :]
         gshared = (g.reshape(x.shape[0], -1, *x.shape[1:]).sum(1) for g, x in zip(gshared, shared, strict=True))
-        return tuple(gtokens), tuple(gshared), tuple(gstate)
+        return gtokens, tuple(gshared), gstate
 
     infer, save = (_over_rows(partial(forward, save=save)) for save in (False, True))
     pull_back = _over_rows(backward)

@@ -41,6 +41,7 @@ CASES = {
     "lengths_and_resets": Case(batch_size=5, num_tokens=37, reset="random", ragged=True),
     "lengths_from_empty": Case(batch_size=5, num_tokens=37, ragged=True, carried=False),
     "values_of_another_width": Case(batch_size=1, num_tokens=33, num_heads=1, key_dim=5, value_dim=3),
+    "several_blocks": Case(num_tokens=21, num_heads=3, key_dim=32, value_dim=128, reset="random"),
     "released_head_size": Case(batch_size=1, num_tokens=70, num_heads=1, key_dim=64, value_dim=64),
 }
 """By name: quick enough for every backend and dtype."""

@@ -21,7 +21,7 @@ from jaxtyping import Array
 
 from ..recurrence import Problem
 from ..triton_gpu import Kernels, Launch, Launcher
-from ..tuning import Block, sizes
+from ..tuning import Block, Sizes, sizes
 from .chunk import RECURRENCE
 
 _LEVELS = tl.constexpr(RECURRENCE.num_tokens.bit_length() - 1)
@@ -30,7 +30,7 @@ _LEVELS = tl.constexpr(RECURRENCE.num_tokens.bit_length() - 1)
 
 def _forward(launcher: Launcher, problem: Problem, save: bool) -> tuple[Array, ...]:
     tokens, _, (state,), marks = problem
-    block = sizes("wkv7_triton", tokens[0].shape[3]).forward
+    block = _sizes(problem).forward
     constants = _constants(problem, block)
     entries = _each_chunk(problem) if save else jax.ShapeDtypeStruct((1,), state.dtype)
     inputs = (*tokens, state, tokens[0] if marks is None else marks)
@@ -45,7 +45,7 @@ def _backward(
 ) -> tuple[Array, ...]:
     (r, w, _, _, a, b), _, (state,), marks = problem
     marks = r if marks is None else marks
-    cuts = sizes("wkv7_triton", r.shape[3])
+    cuts = _sizes(problem)
     constants = _constants(problem, cuts.backward)
     exits, gstart = launcher(
         Launch(
@@ -66,6 +66,11 @@ def _backward(
 
 
 KERNELS = Kernels(_forward, _backward)
+
+
+def _sizes(problem: Problem) -> Sizes:
+    """The cuts; what a kernel holds of all values or of all keys counts, whichever are more."""
+    return sizes("wkv7_triton", max(problem.state[0].shape[2:]))
 
 
 def _like(x: Array) -> jax.ShapeDtypeStruct:
@@ -111,12 +116,8 @@ def _forward_kernel(
         at_k, at_v = start * K + _places(C, PIECE, H * K), start * V + part * PART + _places(C, PART, H * V)
         sequence, earlier, present = _masks(marks + (row * N + n) * C, C, MARKED)
         end = tl.max(sequence, 0)
-        zeros, found, read = (
-            tl.zeros([C, C], tl.float32),
-            tl.zeros([C, PART], tl.float32),
-            tl.zeros([C, PART], tl.float32),
-        )
-        ab, ak, rb, rk = zeros, zeros, zeros, zeros
+        zeros, found = tl.zeros([C, C], tl.float32), tl.zeros([C, PART], tl.float32)
+        ab, ak, rb, rk, read = zeros, zeros, zeros, zeros, found
         writes = ()
         for p in tl.static_range(K // PIECE):
             at = at_k + p * PIECE
@@ -164,6 +165,7 @@ def _backward_state_kernel(
         ab, rb, gu_cv = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32), tl.zeros([C, PART], tl.float32)
         for p in tl.static_range(K // PIECE):
             at = at_k + p * PIECE
+            # The state's cotangent has no need of k: here and below b stands in.
             a_cp, r_cp, b_cp, _, _, _, _, decay = _factors(r + at, w + at, b + at, a + at, b + at)
             ab += _dot(a_cp, b_cp.T)
             rb += _dot(r_cp, b_cp.T)
@@ -301,7 +303,7 @@ def _store_pieces(at, pieces, PIECE: tl.constexpr):
 @triton.jit
 @no_type_check
 def _factors(r, w, k, a, b):
-    """A piece of A, R, B and K, what a, r, and both b and k were multiplied by, and the chunk's decay."""
+    """A piece of A, R, B and K, what a, r, and both b and k were multiplied by, and its decay over the chunk."""
     w_cp = tl.load(w).to(tl.float32)
     summed = tl.cumsum(w_cp, 0)
     scale_a, scale_r, scale_p = tl.exp(summed - w_cp), tl.exp(summed), tl.exp(-summed)
