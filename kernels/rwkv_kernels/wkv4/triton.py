@@ -143,7 +143,7 @@ def _backward_kernel(
                 aa_x, bb_x, pp_x, peak, decays, k_c[t], v_c[t], w_x, starts, counts
             )
             of_t = before_aa, before_bb, y_t, past * share, now * share, keep, add, stays
-            kept = kept + (of_t,)  # noqa: RUF005 - Triton knows no unpacking.
+            kept += (of_t,)
         for t in tl.static_range(C - 1, -1, -1):
             starts, counts = _mark(mark + t, MARKED)
             aa_t, bb_t, y_t, past, now, keep, add, stays = kept[t]
@@ -174,7 +174,7 @@ def _rows(pointers, C: tl.constexpr, stride: tl.constexpr, wanted):
     rows = ()
     for t in tl.static_range(C):
         row = tl.load(pointers + t * stride, mask=wanted, other=0.0)
-        rows = rows + (row.to(tl.float32),)  # noqa: RUF005 - Triton knows no unpacking.
+        rows += (row.to(tl.float32),)
     return rows
 
 
