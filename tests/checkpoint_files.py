@@ -20,7 +20,7 @@ def needs(*packages):
     """Skips the test where a package that the project does not install is absent: torch, and programs that check ours."""
     for package in packages:
         if importlib.util.find_spec(package) is None:
-            pytest.skip(f"needs the package {package}")
+            pytest.skip(f"needs the package {package}: pip install {package}")
 
 
 def random_params(config, dtype: Any = np.float32):
