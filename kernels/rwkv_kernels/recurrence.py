@@ -15,8 +15,9 @@ from jaxtyping import Array, Bool, Int
 
 
 class Step(NamedTuple):
-    """One token of one head, as functions of arrays [V, K]: `token(i)` gives its numbers from the i-th array, spread over the state.
+    """One token of one head, whose state is a tuple of pieces [V, P] of its key channels.
 
+    `token(i, p)` gives the token's numbers from the i-th array, spread over the p-th piece; of values, `token(i)`, the same in all.
     `spread(x)` does that with a sum over key channels, [V].
     """
 
@@ -25,7 +26,7 @@ class Step(NamedTuple):
     backward: Callable[..., Any]
     """backward(token, state before the token, gy, gstate after it, spread, put) -> gstate before it.
 
-    `put(i, g)` takes the cotangent of the token's numbers from the i-th array, [K], or [V] for values.
+    `put(i, g, p)` takes the cotangent of the token's numbers from the i-th array, the p-th piece [P]; of values, `put(i, g)`, [V].
     """
 
 

@@ -20,6 +20,8 @@ from .call import call, like, lying
 
 ROWS = 64
 """Value channels of a program: the layout in which 128 threads hold a matrix, that of a product by wgmma, has so many rows."""
+_PIECE = 32
+"""Key channels of a matrix that are worked on at a time, beside the state's other pieces: threads have registers for no more."""
 _GROUP = 4
 """Tokens between two states that the backward kernel keeps of a chunk: of 16 it keeps four, and with heads of 128 no more fit."""
 
@@ -49,7 +51,7 @@ def forward(op: Recurrence, problem: Problem, interpret: bool, *, save: bool) ->
         def body(i, state):
             tile.load(inputs.tokens, token_parts, i, loaded)
             for ref in entry_refs:
-                ref[b, h, i, rows] = state
+                tile.put(ref, state, b, h, i, rows)
 
             def token(t, state):
                 state = tile.cut(inputs.marks, i, t, state)
@@ -61,7 +63,7 @@ def forward(op: Recurrence, problem: Problem, interpret: bool, *, save: bool) ->
             tile.store([y_part], [y_ref], [True], i)
             return state
 
-        final_ref[b, h, rows] = lax.fori_loop(0, tile.num_chunks, body, tile.hint(start[...]))
+        tile.put(final_ref, lax.fori_loop(0, tile.num_chunks, body, tile.whole(start)), b, h, rows)
 
     (state,), v = problem.state, problem.tokens[tile.split]
     entries = (
@@ -93,7 +95,7 @@ def backward(
         def load(ref):
             plgpu.copy_gmem_to_smem(ref, kept.at[0], entry_loaded)
             plgpu.barrier_wait(entry_loaded)
-            return tile.hint(kept[0])
+            return tile.whole(kept, 0)
 
         def body(i, gstate):
             i = tile.num_chunks - 1 - i
@@ -106,17 +108,17 @@ def backward(
             def keep(j, state):
                 for n in range(_GROUP):
                     state = step(j * _GROUP + n, state)
-                kept[j + 1] = state
+                tile.put(kept, state, j + 1)
                 return state
 
             def pull(j, gstate):
                 j = groups - 1 - j
                 for n in reversed(range(_GROUP)):
-                    state, t = tile.hint(kept[j]), j * _GROUP + n
+                    state, t = tile.whole(kept, j), j * _GROUP + n
                     for earlier in range(n):
                         state = step(j * _GROUP + earlier, state)
                     state = tile.cut(problem.marks, i, t, state)
-                    gy = tile.token(gy_part, t, 0)
+                    gy = tile.value(gy_part, t)
                     token, put = tile.numbers(token_parts, t), tile.writer(gtoken_parts, t)
                     gstate = tile.step.backward(token, state, gy, gstate, tile.spread, put)
                     gstate = tile.cut(problem.marks, i, t, gstate)
@@ -127,7 +129,8 @@ def backward(
             tile.store(gtoken_parts, gtoken_refs, tile.by_row, i)
             return gstate
 
-        gstate_ref[b, h, rows] = lax.fori_loop(0, tile.num_chunks, body, load(gfinal_ref.at[b, h, rows]))
+        gstate = lax.fori_loop(0, tile.num_chunks, body, load(gfinal_ref.at[b, h, rows]))
+        tile.put(gstate_ref, gstate, b, h, rows)
 
     (state,) = problem.state
     # What is not a value is summed over the programs of a head.
@@ -168,6 +171,8 @@ class _Tile:
             problem.tokens[0].shape[1] // op.num_tokens,
             values // ROWS,
         )
+        self.piece = min(self.keys, _PIECE)
+        self.pieces = [pl.ds(at, self.piece) for at in range(0, self.keys, self.piece)]
         self.by_row = [i == op.split for i in range(len(problem.tokens))]
         self.grid = {"b": self.batch_size, "h": num_heads, "n": self.programs}
 
@@ -205,31 +210,48 @@ class _Tile:
         layout = plgpu.Layout.WGMMA.reduce(*summed) if summed else plgpu.Layout.WGMMA
         return lying(x, layout, self.interpret)
 
+    def whole(self, ref: Any, *at: Any) -> tuple[Any, ...]:
+        """A matrix, in pieces."""
+        return tuple(self.hint(ref[(*at, slice(None), piece)]) for piece in self.pieces)
+
+    def put(self, ref: Any, matrix: tuple[Any, ...], *at: Any) -> None:
+        """The reverse of `whole`; `at` ends with the rows where the reference has more."""
+        for piece, x in zip(self.pieces, matrix, strict=True):
+            ref[(*at, *[slice(None)] * (len(ref.shape) - len(at) - 1), piece)] = x
+
     def spread(self, x: Any, axis: int = 0) -> Any:
-        """x [V], or, for axis 1, [K], as [V, K]."""
-        return self.hint(lax.broadcast_in_dim(x, (ROWS, self.keys), (axis,)))
+        """x [V], or, for axis 1, [P], as [V, P]."""
+        return self.hint(lax.broadcast_in_dim(x, (ROWS, self.piece), (axis,)))
 
-    def token(self, part: Any, t: Any, axis: int) -> Any:
-        """One token's numbers, spread."""
-        return self.spread(self.hint(part[t], 1 - axis).astype(self.wide), axis)
+    def value(self, part: Any, t: Any) -> Any:
+        """One token's values, spread."""
+        return self.spread(self.hint(part[t], 1).astype(self.wide))
 
-    def numbers(self, parts: Sequence[Any], t: Any) -> Callable[[int], Any]:
-        """Reads one token's numbers from an array, spread."""
-        return lambda i: self.token(parts[i], t, 0 if self.by_row[i] else 1)
+    def numbers(self, parts: Sequence[Any], t: Any) -> Callable[..., Any]:
+        """Reads one token's numbers from an array, spread over a piece."""
 
-    def writer(self, parts: Sequence[Any], t: Any) -> Callable[[int, Any], None]:
-        """Writes what one token has in an array."""
+        def token(i: int, p: int = 0) -> Any:
+            if self.by_row[i]:
+                return self.value(parts[i], t)
+            return self.spread(self.hint(parts[i][t, self.pieces[p]], 0).astype(self.wide), 1)
 
-        def put(i: int, x: Any) -> None:
-            parts[i][t] = x.astype(parts[i].dtype)
+        return token
+
+    def writer(self, parts: Sequence[Any], t: Any) -> Callable[..., None]:
+        """Writes what one token has in an array, or a piece of it."""
+
+        def put(i: int, x: Any, p: int = 0) -> None:
+            at = t if self.by_row[i] else (t, self.pieces[p])
+            parts[i][at] = x.astype(parts[i].dtype)
 
         return put
 
-    def cut(self, starts: Any, i: Any, t: Any, x: Any) -> Any:
+    def cut(self, starts: Any, i: Any, t: Any, matrix: tuple[Any, ...]) -> tuple[Any, ...]:
         """The state before a token, or its cotangent: 0 where a sequence starts."""
         if starts is None:
-            return x
-        return jnp.where(starts[lax.axis_index("b"), i * self.op.num_tokens + t] != 0, 0.0, x)
+            return matrix
+        start = starts[lax.axis_index("b"), i * self.op.num_tokens + t] != 0
+        return tuple(jnp.where(start, 0.0, x) for x in matrix)
 
     def parts(self, arrays: Sequence[Any], by_row: Sequence[bool]) -> list[Any]:
         """Shared memory for a chunk of arrays of tokens."""

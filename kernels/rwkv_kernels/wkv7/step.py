@@ -2,8 +2,8 @@
 
     S_t = S_{t-1} diag(d_t) + (S_{t-1} a_t) b_t^T + v_t k_t^T        y_t = S_t r_t        d = exp(w)
 
-Nothing is divided by a decay, so it may be as strong as it likes. What is taken of a token again is read again, and what is made of
-it is handed over at once: beside two states, registers hold little.
+Nothing is divided by a decay, so it may be as strong as it likes. The state comes in pieces of its keys. What is taken of a token
+again is read again, and what is made of it is handed over at once: beside two states, registers hold little.
 """
 
 import jax.numpy as jnp
@@ -14,23 +14,38 @@ R, W, K, V, A, B = range(6)
 
 
 def _forward(token, state, spread):
-    found = spread((state * token(A)).sum(1))
-    state = state * jnp.exp(token(W)) + found * token(B) + token(V) * token(K)
-    return (state * token(R)).sum(1), state
+    found = spread(_times(state, token, A))
+    state = tuple(_after(token, p, x, found) for p, x in enumerate(state))
+    return _times(state, token, R), state
 
 
 def _backward(token, state, gy, gstate, spread, put):
-    found = spread((state * token(A)).sum(1))
-    put(R, (gy * (state * jnp.exp(token(W)) + found * token(B) + token(V) * token(K))).sum(0))
-    gstate = gstate + gy * token(R)
-    put(B, (gstate * found).sum(0))
-    put(K, (gstate * token(V)).sum(0))
-    put(V, (gstate * token(K)).sum(1))
-    gfound = spread((gstate * token(B)).sum(1))
-    put(A, (gfound * state).sum(0))
-    gstate = gstate * jnp.exp(token(W))
-    put(W, (gstate * state).sum(0))
-    return gstate + gfound * token(A)
+    found = spread(_times(state, token, A))
+    for p, x in enumerate(state):
+        put(R, (gy * _after(token, p, x, found)).sum(0), p)
+    gstate = tuple(g + gy * token(R, p) for p, g in enumerate(gstate))
+    for p, g in enumerate(gstate):
+        put(B, (g * found).sum(0), p)
+        put(K, (g * token(V)).sum(0), p)
+    put(V, _times(gstate, token, K))
+    gfound = spread(_times(gstate, token, B))
+    before = []
+    for p, (x, g) in enumerate(zip(state, gstate, strict=True)):
+        put(A, (gfound * x).sum(0), p)
+        decayed = g * jnp.exp(token(W, p))
+        put(W, (decayed * x).sum(0), p)
+        before.append(decayed + gfound * token(A, p))
+    return tuple(before)
+
+
+def _after(token, p, state, found):
+    """A piece of the state after the token."""
+    return state * jnp.exp(token(W, p)) + found * token(B, p) + token(V) * token(K, p)
+
+
+def _times(state, token, i):
+    """The state times the token's numbers from the i-th array, summed over the keys."""
+    return sum((x * token(i, p)).sum(1) for p, x in enumerate(state))
 
 
 STEP = Step(_forward, _backward)
