@@ -1,5 +1,6 @@
 """Shape and type annotations are checked at run time in every test."""
 
+import gc
 import importlib.metadata
 import os
 import shutil
@@ -15,21 +16,22 @@ _XLA_FLAGS = "--xla_backend_optimization_level=0"
 if importlib.metadata.version("jaxlib") < "0.11":  # A later XLA refuses these.
     _XLA_FLAGS += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 os.environ.setdefault("XLA_FLAGS", _XLA_FLAGS)
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # Where an operation was called is a tenth of lowering it.
+gc.set_threshold(50_000, 20, 50)  # What JAX keeps of a program is many objects, through which it would look often.
 
 jaxtyping.install_import_hook(["rwkv_jax", "rwkv_kernels"], "beartype.beartype")
 
 
 def pytest_configure(config):
     """What XLA has compiled is shared by the workers and the programs that tests start; JAX_COMPILATION_CACHE_DIR keeps it."""
-    if hasattr(config, "workerinput") or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    if hasattr(config, "workerinput"):
         return
-    folder = tempfile.mkdtemp(prefix="compiled-")
-    config.add_cleanup(partial(shutil.rmtree, folder))
-    os.environ.update(
-        JAX_COMPILATION_CACHE_DIR=folder,
-        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.1",
-        JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1",
-    )
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        folder = tempfile.mkdtemp(prefix="compiled-")
+        config.add_cleanup(partial(shutil.rmtree, folder))
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
 
 
 @pytest.fixture(scope="session")
