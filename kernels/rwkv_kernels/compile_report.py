@@ -1,7 +1,9 @@
 """Compiles every kernel for hardware that is not here: `python -m rwkv_kernels.compile_report [--json FILE]`.
 
-For a GPU, ptxas says how many registers a thread takes and how many bytes it spills, for a TPU there is only whether it compiles. The
-environment is that of `hardware.py`. Every case compiles in a process of its own, since XLA takes its dump folder at its start.
+For a GPU, ptxas says how many registers a thread takes and how many bytes it spills, and the compiler how much shared memory a program
+takes; for a TPU there is only whether it compiles. `memory_mb` is what the whole gradient takes on the device: its inputs, outputs and
+temporaries. The environment is that of `hardware.py`. Every case compiles in a process of its own, since XLA takes its dump folder at
+its start.
 """
 
 import argparse
@@ -66,7 +68,8 @@ def main() -> None:
         return
     rows = []
     print(
-        f"{'kernel':20s} {'backend':10s} {'target':7s} {'head':>5s} {'dtype':9s} {'registers':>9s} {'spilled bytes':>13s}"
+        f"{'kernel':20s} {'backend':10s} {'target':7s} {'head':>5s} {'dtype':9s} {'registers':>9s} {'spilled bytes':>13s} "
+        f"{'shared bytes':>12s} {'memory MB':>9s}"
     )
     for case in CASES:
         if all(
@@ -75,9 +78,9 @@ def main() -> None:
         ):
             for row in report(case):
                 rows.append(row)
-                registers, spilled = row.get("registers", "-"), row.get("spilled_bytes", "-")
+                registers, spilled, shared = (row.get(x, "-") for x in ("registers", "spilled_bytes", "shared_bytes"))
                 where = f"{row['kernel']:20s} {case.backend:10s} {case.target:7s} {case.head_dim:5d} {case.dtype:9s}"
-                print(f"{where} {registers:>9} {spilled:>13}", flush=True)
+                print(f"{where} {registers:>9} {spilled:>13} {shared:>12} {row['memory_mb']:9.0f}", flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
 
@@ -93,14 +96,18 @@ def report(case: Case) -> list[dict[str, Any]]:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{case} does not compile:\n{done.stderr[-3000:]}")
+        whole = {**case._asdict(), "memory_mb": float(done.stdout)}
         if case.target in hardware.TPUS:
-            return [{"kernel": f"{case.op}_{direction}", **case._asdict()} for direction in ("forward", "backward")]
+            return [{"kernel": f"{case.op}_{direction}", **whole} for direction in ("forward", "backward")]
         found = [row for file in sorted(Path(dump).glob("*.ptx")) if (row := _assemble(file)) is not None]
-    return [{"kernel": kernel, **case._asdict(), **figures} for kernel, figures in sorted(found, reverse=True)]
+    return [{"kernel": kernel, **whole, **figures} for kernel, figures in sorted(found, reverse=True)]
 
 
 def compile_case(case: Case, dump: str) -> None:
-    """Compiles the gradient of an op, which holds all of its kernels, at T 4096, D 4096, and B 8 (on a TPU, with less memory, 1)."""
+    """Compiles the gradient of an op, which holds all of its kernels, at T 4096, D 4096, and B 8 (on a TPU, with less memory, 1).
+
+    Prints how many megabytes it takes on the device.
+    """
     import os
 
     hardware.prepare()
@@ -112,6 +119,7 @@ def compile_case(case: Case, dump: str) -> None:
 
     from . import WKV4State, wkv4, wkv6, wkv7
 
+    jax.config.update("jax_enable_compilation_cache", False)  # Of what comes from there the compilers say nothing.
     mesh = jax.sharding.Mesh(np.array(hardware.devices(case.target)), ("x",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
@@ -135,7 +143,9 @@ def compile_case(case: Case, dump: str) -> None:
         return y.astype(jnp.float32).sum() + sum(x.sum() for x in jax.tree.leaves(state))
 
     with jax.sharding.use_abstract_mesh(hardware.abstract(case.target, mesh)):
-        jax.jit(jax.grad(total)).lower(inputs, array(batch_size, num_tokens, dtype="bool")).compile()
+        program = jax.jit(jax.grad(total)).lower(inputs, array(batch_size, num_tokens, dtype="bool")).compile()
+    memory: Any = program.memory_analysis()
+    print((memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes) / 1e6)
 
 
 def _assemble(file: Path) -> tuple[str, dict[str, int]] | None:
@@ -152,7 +162,21 @@ def _assemble(file: Path) -> tuple[str, dict[str, int]] | None:
     registers, spilled = re.search(r"Used (\d+) registers", said), re.search(r"(\d+) bytes spill stores", said)
     if registers is None or spilled is None:
         raise RuntimeError(f"ptxas did not say what {name[1]} takes:\n{said}")
-    return name[1], {"registers": int(registers[1]), "spilled_bytes": int(spilled[1])}
+    figures = {"registers": int(registers[1]), "spilled_bytes": int(spilled[1])}
+    return name[1], {**figures, "shared_bytes": _shared_bytes(file, name[1])}
+
+
+def _shared_bytes(file: Path, kernel: str) -> int:
+    """The shared memory of a program, of which PTX does not tell: from Mosaic GPU's log of its passes, or XLA's list of launches."""
+    passes = file.with_suffix(".mlir-passes.log")
+    if passes.exists():
+        found = re.search(r"dynamic_shared_memory_size %c(\d+)_i32", passes.read_text())
+    else:
+        (launches,) = file.parent.glob("*.thunk_sequence.txt")
+        found = re.search(rf"\b{kernel} .* shared_memory: (\d+) bytes", launches.read_text())
+    if found is None:
+        raise RuntimeError(f"the compiler did not say what shared memory {kernel} takes")
+    return int(found[1])
 
 
 def _ptxas(file: Path, arch: str) -> str:

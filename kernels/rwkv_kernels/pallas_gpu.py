@@ -16,8 +16,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array
 
+from . import dispatch
 from .recurrence import Factors, Problem, Products, Recurrence, dot, masked, masks
-from .tuning import Block, sizes
+from .tuning import Block, Sizes, sizes
 
 
 def run(op: Recurrence, problem: Problem, *, interpret: bool = False) -> tuple[Array, tuple[Array, ...]]:
@@ -58,7 +59,7 @@ def _differentiable(op: Recurrence, interpret: bool) -> Any:
 def _forward(op: Recurrence, problem: Problem, interpret: bool, *, save: bool):
     """Returns y, the final state, and the states at the chunks' starts, if they are to be saved."""
     tokens, shared, state, marks = problem
-    block = sizes(op.name, tokens[0].shape[3]).forward
+    block = _sizes(op, problem).forward
     parts = _Parts(op, problem, block)
 
     def kernel(*refs):
@@ -89,7 +90,7 @@ def _forward(op: Recurrence, problem: Problem, interpret: bool, *, save: bool):
 def _backward(op: Recurrence, problem: Problem, entries, gy, gfinal, interpret: bool):
     """Returns the cotangents of tokens, shared and state, where tokens come by row."""
     tokens, shared, state, marks = problem
-    block = sizes(op.name, tokens[0].shape[3]).backward
+    block = _sizes(op, problem).backward
     parts = _Parts(op, problem, block)
 
     def kernel(*refs):
@@ -127,7 +128,7 @@ def _backward(op: Recurrence, problem: Problem, entries, gy, gfinal, interpret: 
 def _backward_state(op: Recurrence, problem: Problem, gy, gfinal, interpret: bool):
     """Returns the cotangents of the states at the chunks' ends, and of the state before the first."""
     tokens, shared, state, marks = problem
-    block = sizes(op.name, tokens[0].shape[3]).backward
+    block = _sizes(op, problem).backward
     parts = _Parts(op, problem, block)
 
     def kernel(*refs):
@@ -163,7 +164,7 @@ def _backward_chunks(op: Recurrence, products: Products, problem: Problem, entri
     All that a product is taken over comes in short pieces, of keys and of values, because its operands are in registers as a whole.
     """
     tokens, shared, _, marks = problem
-    block = sizes(op.name, tokens[0].shape[3]).chunk
+    block = _sizes(op, problem).chunk
     assert block is not None, f"tuning.py has no sizes for the chunks of {op.name}"
     parts = _Parts(op, problem, block, at_once=True)
 
@@ -225,9 +226,13 @@ def _backward_chunks(op: Recurrence, products: Products, problem: Problem, entri
         lax.fori_loop(0, parts.pieces, pull_back, None)
 
     inputs = [*parts.inputs(), parts.of_values(gy), *parts.of_chunks(entries), *parts.of_chunks(exits)]
-    outputs = [*parts.of_tokens(), *parts.of_programs(parts.sums)]
+    outputs = [*parts.of_gradients(), *parts.of_programs(parts.sums)]
     out = _call(kernel, f"{op.name}_backward_chunks", inputs, outputs, parts.grid, block, interpret)
-    return tuple(out[: len(tokens)]), tuple(g.sum((0, 2)) for g in out[len(tokens) :])
+    return parts.summed(out[: len(tokens)]), tuple(g.sum((0, 2)) for g in out[len(tokens) :])
+
+
+def _sizes(op: Recurrence, problem: Problem) -> Sizes:
+    return sizes(op.name, problem.tokens[0].shape[3], dispatch.here().capability)
 
 
 def _zeros(products: Products, keys: Any) -> Any:
@@ -243,7 +248,8 @@ def _add(sums, rows, matrix, contract: tuple[int, int] = (1, 0)) -> tuple[Array,
 class _Parts:
     """Which part of each array a program sees, and in what form.
 
-    The grid is (B, H, N), N being blocks of value channels, each with all tokens, or, `at_once`, chunks, each with all channels.
+    The grid is (B, H, N), N being blocks of value channels, each with all tokens, or, `at_once`, chunks, each with all key channels
+    and, of the values, as many of a head's as registers hold: the programs of a chunk share its sums over values.
     """
 
     def __init__(self, op: Recurrence, problem: Problem, block: Block, *, at_once: bool = False):
@@ -253,11 +259,13 @@ class _Parts:
         size = self.y.shape[3]
         self.values = size if op.split is None else min(size, block.values)
         self.piece = keys if op.by_row else min(block.key_piece, keys)
-        self.blocks, self.pieces = [pl.ds(at, self.values) for at in range(0, size, self.values)], keys // self.piece
-        self.num_chunks = num_tokens // op.num_tokens
-        steps = self.num_chunks if at_once else len(self.blocks)
-        self.seen_chunks, self.seen_values = (1, size) if at_once else (self.num_chunks, self.values)
-        self.grid = (batch_size, num_heads, steps)
+        self.num_chunks, self.pieces = num_tokens // op.num_tokens, keys // self.piece
+        self.seen_chunks, self.seen_values = (
+            (1, min(size, block.all_values)) if at_once else (self.num_chunks, self.values)
+        )
+        self.blocks = [pl.ds(at, self.values) for at in range(0, self.seen_values, self.values)]
+        self.programs = size // self.seen_values
+        self.grid = (batch_size, num_heads, self.programs * self.num_chunks // self.seen_chunks)
         self.states = [
             jax.ShapeDtypeStruct((*x.shape[:2], self.num_chunks, *x.shape[2:]), x.dtype) for x in problem.state
         ]
@@ -278,6 +286,32 @@ class _Parts:
             else (x, pl.BlockSpec((None, size, None, x.shape[3]), lambda b, h, n: (b, self.time(n), h, 0)))
             for i, x in enumerate(self.problem.tokens)
         ]
+
+    def of_gradients(self) -> list[Any]:
+        """The arrays of their gradients; where programs share a sum, each has a batch of its own, in the state's dtype."""
+        if self.programs == 1:
+            return self.of_tokens()
+        size, batch_size = self.seen_chunks * self.op.num_tokens, self.grid[0]
+        return [
+            (x, spec)
+            if i == self.op.split
+            else (
+                jax.ShapeDtypeStruct((self.programs * batch_size, *x.shape[1:]), self.wide),
+                pl.BlockSpec(
+                    (None, size, None, x.shape[3]), lambda b, h, n: (self.value(n) * batch_size + b, self.time(n), h, 0)
+                ),
+            )
+            for i, (x, spec) in enumerate(self.of_tokens())
+        ]
+
+    def summed(self, gradients: Any) -> tuple[Array, ...]:
+        """The gradients of tokens, from what the kernel gives in the arrays of `of_gradients`."""
+        if self.programs == 1:
+            return tuple(gradients)
+        return tuple(
+            g if i == self.op.split else g.reshape(self.programs, *x.shape).sum(0).astype(x.dtype)
+            for i, (g, x) in enumerate(zip(gradients, self.problem.tokens, strict=True))
+        )
 
     def of_values(self, x: Array) -> Any:
         """An array [B, T, H, V]."""
@@ -305,10 +339,10 @@ class _Parts:
         return [(x, pl.BlockSpec((None, None, None, 1, x.shape[4]), lambda b, h, n: (b, h, n, 0, 0))) for x in arrays]
 
     def time(self, n: Any) -> Any:
-        return n if self.at_once else 0
+        return n // self.programs if self.at_once else 0
 
     def value(self, n: Any) -> Any:
-        return 0 if self.at_once else n
+        return n % self.programs if self.at_once else n
 
     def chunk_from(self, token_refs: list[Any], shared_refs: list[Any], weights: Any, mark_ref: Any, i: Any) -> Any:
         """The i-th chunk as a function of the state before it."""

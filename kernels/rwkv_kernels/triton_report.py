@@ -1,7 +1,7 @@
 """Compiles the Triton kernels for NVIDIA GPUs that are not here: `python -m rwkv_kernels.triton_report`.
 
-It takes Triton's own compiler and ptxas, without jax-triton or CUDA, and says how many registers a thread takes and how many bytes
-it spills.
+It takes Triton's own compiler and ptxas, without jax-triton or CUDA, and says how many registers a thread takes, how many bytes
+it spills, and how much shared memory a program takes.
 """
 
 # pyright: reportMissingImports=false
@@ -48,10 +48,11 @@ CASES = [
 
 
 class Usage(NamedTuple):
-    """What ptxas says of a kernel."""
+    """What ptxas says of a kernel, and Triton of its shared memory."""
 
     registers: int
     spilled_bytes: int
+    shared_bytes: int
 
 
 def why_not(*modules: str) -> str | None:
@@ -64,12 +65,14 @@ def main() -> None:
     """Compiles the cases and prints a line for each kernel."""
     if reason := why_not():
         sys.exit(reason)
-    print(f"{'kernel':27s} {'sm':>2s} {'head':>5s} {'dtype':9s} {'registers':>9s} {'spilled bytes':>13s}")
+    print(
+        f"{'kernel':27s} {'sm':>2s} {'head':>5s} {'dtype':9s} {'registers':>9s} {'spilled bytes':>13s} {'shared bytes':>12s}"
+    )
     for case in CASES:
         for launch in launches(case):
-            registers, spilled = compile_launch(launch, case.capability)
+            registers, spilled, shared = compile_launch(launch, case.capability)
             name, sm, head, dtype = case.op + launch.kernel.__name__, case.capability, case.head_dim, case.dtype
-            print(f"{name:27s} {sm} {head:5d} {dtype:9s} {registers:9d} {spilled:13d}", flush=True)
+            print(f"{name:27s} {sm} {head:5d} {dtype:9s} {registers:9d} {spilled:13d} {shared:12d}", flush=True)
 
 
 def launches(case: Case) -> list[Launch]:
@@ -118,12 +121,12 @@ def compile_launch(launch: Launch, capability: int) -> Usage:
         attrs={(i,): [["tt.divisibility", 16]] for i in range(len(arrays))},
     )  # fmt: skip
     options = {"num_warps": launch.warps, **OPTIONS}
-    ptx = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
-    return _assemble(ptx, capability)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return Usage(*_assemble(compiled.asm["ptx"], capability), compiled.metadata.shared)
 
 
-def _assemble(ptx: str, capability: int) -> Usage:
-    """What Triton's ptxas says of its PTX."""
+def _assemble(ptx: str, capability: int) -> tuple[int, int]:
+    """What Triton's ptxas says of its PTX: registers and spilled bytes."""
     from triton.backends.nvidia.compiler import get_ptxas
 
     arch = re.search(r"\.target (\w+)", ptx)
@@ -138,7 +141,7 @@ def _assemble(ptx: str, capability: int) -> Usage:
     registers, spilled = re.search(r"Used (\d+) registers", said), re.search(r"(\d+) bytes spill stores", said)
     if registers is None or spilled is None:
         raise RuntimeError(f"ptxas did not say what the kernel takes:\n{said[-3000:]}")
-    return Usage(int(registers[1]), int(spilled[1]))
+    return int(registers[1]), int(spilled[1])
 
 
 if __name__ == "__main__":

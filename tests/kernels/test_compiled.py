@@ -6,13 +6,10 @@ import sys
 import pytest
 from rwkv_kernels import compile_report, hardware
 
-SPILLS = {("wkv7", "pallas_gpu", 256): 12}
-"""Bytes a thread may spill, by op, backend and head, where that is not none; kernels/README.md has what it spills."""
-
 
 @pytest.mark.aot
 @pytest.mark.parametrize("case", compile_report.CASES, ids=lambda case: "-".join(map(str, case)))
-def test_all_kernels_of_an_op_compile(case, monkeypatch):
+def test_all_kernels_of_an_op_compile_and_spill_nothing(case, monkeypatch):
     if reason := hardware.why_not():
         pytest.skip(reason)
     monkeypatch.delenv("XLA_FLAGS")  # conftest.py's make XLA compile without optimising, and that spills more.
@@ -21,7 +18,7 @@ def test_all_kernels_of_an_op_compile(case, monkeypatch):
     kernels = ["forward", *(["backward_state", "backward_chunks"] if apart else ["backward"])]
     assert [row["kernel"] for row in rows] == [f"{case.op}_{kernel}" for kernel in kernels]
     if case.target in hardware.GPUS:
-        assert all(row["spilled_bytes"] <= SPILLS.get((case.op, case.backend, case.head_dim), 0) for row in rows)
+        assert [row["spilled_bytes"] for row in rows] == [0] * len(rows)
 
 
 SHARDED = """
