@@ -1,6 +1,5 @@
 """Shape and type annotations are checked at run time in every test."""
 
-import gc
 import importlib.metadata
 import os
 import shutil
@@ -17,7 +16,6 @@ if importlib.metadata.version("jaxlib") < "0.11":  # A later XLA refuses these.
     _XLA_FLAGS += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 os.environ.setdefault("XLA_FLAGS", _XLA_FLAGS)
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # Where each operation was called takes time to note.
-gc.set_threshold(50_000, 20, 50)  # What JAX keeps of a program is many objects, through which it would look often.
 
 jaxtyping.install_import_hook(["rwkv_jax", "rwkv_kernels"], "beartype.beartype")
 

@@ -42,7 +42,7 @@ _SIZES = {
     ("wkv7_triton", 256): Sizes(Block(8, 16, 32), Block(8, 16, 16), Block(8, 16, 16)),
 }
 
-_HOPPER = {("wkv7", 256): Sizes(Block(8, 16, 32), Block(8, 16, 16), Block(8, 16, 16, 128))}
+_HOPPER = {("wkv7", 256): _SIZES["wkv7", 256]._replace(forward=Block(8, 16, 32))}
 """For GPUs of compute capability 9 and later, where they are others."""
 
 
