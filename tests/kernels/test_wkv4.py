@@ -7,13 +7,15 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rwkv_kernels
 from kernel_backends import SLOWEST, beside_the_oracle, each_case, hold_against_the_scan, on_this_device
-from rwkv_kernels import WKV4State, explain_wkv4, numerics, wkv4
+from rwkv_kernels import WKV4State, explain_wkv4, numerics
 from rwkv_kernels.wkv4 import bounded, cases
 from rwkv_kernels.wkv4.api import BACKENDS
 from rwkv_kernels.wkv4.cutting import chunk_length
 from rwkv_kernels.wkv4.reference import EMPTY
 
+wkv4 = jax.jit(rwkv_kernels.wkv4, static_argnames="backend")
 HERE, FAST = on_this_device(BACKENDS), beside_the_oracle(BACKENDS)
 IN_FLOAT64 = on_this_device(BACKENDS, jnp.float64)
 SLOWLY = [pytest.param(b, marks=pytest.mark.slow) if "pallas" in b else b for b in HERE]
@@ -226,7 +228,7 @@ def test_scan_has_no_custom_vjp_and_takes_forward_mode_and_hessians():
 
 def test_outputs_have_the_inputs_dtype_and_the_state_is_float32():
     k = jnp.ones((2, 5, 4), jnp.bfloat16)
-    y, state = wkv4(k, k, -jnp.ones(4), jnp.ones(4))
+    y, state = rwkv_kernels.wkv4(k, k, -jnp.ones(4), jnp.ones(4))
     assert y.dtype == jnp.bfloat16
     assert {x.dtype for x in state} == {jnp.dtype(jnp.float32)}
 
@@ -249,7 +251,7 @@ def test_outputs_have_the_inputs_dtype_and_the_state_is_float32():
 def test_bad_input_is_refused_with_value_and_rule(unchecked, change, message):
     arguments = {"k": jnp.ones((2, 5, 4)), "v": jnp.ones((2, 5, 4)), "w": -jnp.ones(4), "u": jnp.ones(4)}
     with pytest.raises(ValueError, match=message):
-        wkv4(**(arguments | change))
+        rwkv_kernels.wkv4(**(arguments | change))
 
 
 def test_explain_lists_every_backend():

@@ -7,13 +7,15 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rwkv_kernels
 from kernel_backends import beside_the_oracle, each_case, hold_against_the_scan, holding, on_this_device
-from rwkv_kernels import explain_wkv6, numerics, wkv6
+from rwkv_kernels import explain_wkv6, numerics
 from rwkv_kernels.wkv6 import cases
 from rwkv_kernels.wkv6.api import BACKENDS
 from rwkv_kernels.wkv6.parallel import MAX_CHUNK, chunk_length
 
 QUICK = ("one_token", "ragged_end", "strongest_decay", "lengths_and_resets", "whole_chunks_constant_decay")
+wkv6 = jax.jit(rwkv_kernels.wkv6, static_argnames="backend")
 HERE, FAST = on_this_device(BACKENDS), beside_the_oracle(BACKENDS)
 
 
@@ -237,10 +239,10 @@ def test_scan_has_no_custom_vjp_and_takes_forward_mode_and_hessians():
 def test_outputs_have_the_inputs_dtype_and_the_state_is_float32(backend, x64):
     k = jnp.ones((2, 5, 1, 4), jnp.bfloat16)
     w = -jnp.ones((1, 4), jnp.float32)
-    y, state = wkv6(k, k, k, w, -w, backend=backend)
+    y, state = rwkv_kernels.wkv6(k, k, k, w, -w, backend=backend)
     assert y.dtype == jnp.bfloat16
     assert state.dtype == jnp.float32
-    assert wkv6(k, k, k, w, -w, state.astype(jnp.float64), backend=backend)[1].dtype == jnp.float64
+    assert rwkv_kernels.wkv6(k, k, k, w, -w, state.astype(jnp.float64), backend=backend)[1].dtype == jnp.float64
 
 
 @pytest.mark.parametrize(
@@ -266,7 +268,7 @@ def test_bad_input_is_refused_with_value_and_rule(unchecked, change, message):
     k = jnp.ones((2, 5, 3, 4))
     arguments = {"r": k, "k": k, "v": k, "w": -k[0, 0], "u": k[0, 0]}
     with pytest.raises(ValueError, match=message):
-        wkv6(**(arguments | change))
+        rwkv_kernels.wkv6(**(arguments | change))
 
 
 def test_explain_lists_every_backend():

@@ -7,12 +7,14 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rwkv_kernels
 from kernel_backends import SLOWEST, beside_the_oracle, each_case, hold_against_the_scan, holding, on_this_device
-from rwkv_kernels import explain_wkv7, wkv7
+from rwkv_kernels import explain_wkv7
 from rwkv_kernels.wkv7 import cases
 from rwkv_kernels.wkv7.api import BACKENDS
 from rwkv_kernels.wkv7.parallel import LONGEST_CHUNK, chunk_length
 
+wkv7 = jax.jit(rwkv_kernels.wkv7, static_argnames="backend")
 HERE, FAST = on_this_device(BACKENDS), beside_the_oracle(BACKENDS)
 IN_FLOAT64 = on_this_device(BACKENDS, jnp.float64)
 TOKENS = ("r", "w", "k", "v", "a", "b")
@@ -218,7 +220,7 @@ def test_scan_has_no_custom_vjp_and_takes_forward_mode_and_hessians():
 
 def test_outputs_have_the_inputs_dtype_and_the_state_is_float32():
     x = jnp.ones((2, 5, 1, 4), jnp.bfloat16)
-    y, state = wkv7(x, -x.astype(jnp.float32), x, x, x, x)
+    y, state = rwkv_kernels.wkv7(x, -x.astype(jnp.float32), x, x, x, x)
     assert y.dtype == jnp.bfloat16
     assert state.dtype == jnp.float32
 
@@ -245,7 +247,7 @@ X = jnp.ones((2, 5, 3, 4))
 )
 def test_bad_input_is_refused_with_value_and_rule(unchecked, change, message):
     with pytest.raises(ValueError, match=message):
-        wkv7(**({"r": X, "w": -X, "k": X, "v": X, "a": X, "b": X} | change))
+        rwkv_kernels.wkv7(**({"r": X, "w": -X, "k": X, "v": X, "a": X, "b": X} | change))
 
 
 def test_explain_lists_every_backend():
