@@ -1,5 +1,7 @@
 """The small model of each version, in float64, with each backend."""
 
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,9 +19,14 @@ def config(request):
 @pytest.fixture
 def params(config, x64):
     """float64, moved away from the initialisation, where many matrices are 0."""
+    return _moved(config)
+
+
+@cache
+def _moved(config):
     rng = np.random.default_rng(3)
-    fresh = rwkv_jax.init(jax.random.key(0), config)
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float64) + 0.3 * rng.normal(size=x.shape), fresh)
+    fresh = jax.device_get(rwkv_jax.init(jax.random.key(0), config))
+    return jax.tree.map(lambda x: jnp.asarray(x.astype(np.float64) + 0.3 * rng.normal(size=x.shape)), fresh)
 
 
 def pytest_generate_tests(metafunc):
