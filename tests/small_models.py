@@ -1,5 +1,6 @@
 """A small config of each architecture with every term active, which the identities and the oracles are run on."""
 
+import jax
 import pytest
 
 import rwkv_jax
@@ -32,3 +33,6 @@ EVERY_RWKV = [name for name in EVERY if name in FAST or name.values[0] in RWKV]
 BACKENDS = [(name, backend) for name in SMALL for backend in (("scan", "parallel") if name in RWKV else (None,))]
 """(name, backend) of every model with each of its own that runs anywhere."""
 assert {config.architecture for config in SMALL.values()} == ARCHITECTURES.keys()
+
+forward = jax.jit(rwkv_jax.forward, static_argnames=("config", "backend", "positions"))
+"""Compiled whole: called eagerly, a model is some hundred small programs."""

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from small_models import SMALL
+from small_models import SMALL, forward
 
 import rwkv_jax
 from rwkv_jax import config, finetune, train
@@ -73,9 +73,9 @@ def update(method, model, base, start, optimizer, accumulate=1, padding=0):
 def loss(params, model, state=None):
     """The mean over the tokens that count, row by row, each as long as it is."""
     ids, total = tokens(model), 0.0
-    for row, length in enumerate(LENGTH):
+    for row, length in enumerate(LENGTH.tolist()):
         own = None if state is None else jax.tree.map(lambda x: x[:, :1], state)
-        logits, _ = rwkv_jax.forward(params, model, ids[row : row + 1, :length], own, backend="scan")
+        logits, _ = forward(params, model, ids[row : row + 1, :length], own, backend="scan")
         predicted = jax.nn.log_softmax(logits[0])
         picked = predicted[np.arange(length), ids[row, 1 : length + 1]]
         total += (-picked + 0.5 * 1e-2 * logits[0].max(-1) ** 2).sum()
@@ -94,8 +94,8 @@ def test_state_tuning_starts_from_what_the_zero_state_gives(model, base):
     start = finetune.init(jax.random.key(1), STATE, model, base)
     params, state = finetune.assembler(STATE, model)(start, base)
     equal(params, base)
-    expected, _ = rwkv_jax.forward(base, model, tokens(model, (1, 7)))
-    logits, _ = rwkv_jax.forward(base, model, tokens(model, (1, 7)), state)
+    expected, _ = forward(base, model, tokens(model, (1, 7)))
+    logits, _ = forward(base, model, tokens(model, (1, 7)), state)
     close(logits, expected)
 
 
@@ -172,13 +172,13 @@ def test_the_loss_is_the_mean_over_the_targets_that_count(model, base, accumulat
 
     def answers(params):
         total, number = 0.0, 0
-        for row, length in enumerate(lengths):
-            log_p = jax.nn.log_softmax(rwkv_jax.forward(params, model, ids[row : row + 1], backend="scan")[0][0])
+        for row, length in enumerate(lengths.tolist()):
+            log_p = jax.nn.log_softmax(forward(params, model, ids[row : row + 1], backend="scan")[0][0])
             for at in np.flatnonzero(counts[row, :length]):
                 total, number = total - log_p[at, ids[row, at + 1]], number + 1
         return total / number
 
-    expected, grads = jax.value_and_grad(answers)(base)
+    expected, grads = jax.jit(jax.value_and_grad(answers))(base)
     close(metrics.loss, expected)
     close(jax.tree.map(jnp.subtract, base, state.params), grads)
 
@@ -211,7 +211,7 @@ def test_an_evaluation_starts_each_document_from_the_learned_state(model, base):
     ]
     cost = train.evaluate(params, model, batches, start=start)
     rows = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=1), start)
-    logits, _ = rwkv_jax.forward(params, model, ids[:, :-1], rows, backend="scan")
+    logits, _ = forward(params, model, ids[:, :-1], rows, backend="scan")
     nats = -np.take_along_axis(jax.nn.log_softmax(logits), np.asarray(ids[:, 1:, None]), -1)[..., 0]
     np.testing.assert_allclose(cost.nats, nats.sum() + nats[:, :4].sum(), rtol=1e-6)
     assert cost.num_tokens == 24

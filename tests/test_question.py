@@ -154,10 +154,10 @@ def test_items_are_right_by_their_choice_or_by_every_token_of_the_answer(params)
     best = answer_all(params, MODEL, BYTES, [question])[0].index
     greedy = list(b"\nThe")
     for _ in range(3):
-        logits = rwkv_jax.forward(params, MODEL, jnp.asarray([greedy]))[0][0, -1]
-        greedy.append(int(jnp.argmax(logits[:128])))
+        logits = forward(params, MODEL, np.array([greedy]))[0][0, -1]
+        greedy.append(int(np.argmax(logits[:128])))
     ends = bytes(greedy[4:]).decode()
-    likely = [int(jnp.argmax(rwkv_jax.forward(params, MODEL, jnp.asarray([greedy[:n]]))[0][0, -1])) for n in (4, 5, 6)]
+    likely = [int(np.argmax(forward(params, MODEL, np.array([greedy[:n]]))[0][0, -1])) for n in (4, 5, 6)]
     items = [
         Item("a", Question("Who sat?", CHOICES, gold=best)),
         Item("b", Completion("The", ends)),

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from small_models import SMALL
+from small_models import SMALL, forward
 
 import rwkv_jax
 from rwkv_jax import train
@@ -51,10 +51,12 @@ def test_the_loss_in_chunks_is_the_loss_and_so_are_its_gradients(x64, chunk):
     targets = jnp.asarray(rng.integers(0, 17, (3, 12)), jnp.int32)
     some = jnp.asarray(rng.random((3, 12)) * (rng.random((3, 12)) < 0.7))
 
+    @jax.jit
     @partial(jax.value_and_grad, argnums=(0, 1))
     def whole(x, head, weights):
         return language_model_loss(x @ head, targets, 0.1, weights).total
 
+    @jax.jit
     @partial(jax.value_and_grad, argnums=(0, 1))
     def parts(x, head, weights):
         return chunked_language_model_loss(x, head, targets, 0.1, weights, chunk=chunk).total
@@ -96,7 +98,7 @@ def test_truncated_backpropagation_is_the_mean_gradient_of_segments_from_states_
     found, metrics, _ = gradient(state, (inputs, targets, reset), partial(step, segment=SEGMENT, bptt=1))
 
     def loss(params, memory, part):
-        logits, memory = rwkv_jax.forward(params, config, inputs[:, part], memory, reset[:, part])
+        logits, memory = forward(params, config, inputs[:, part], memory, reset[:, part])
         return language_model_loss(logits, targets[:, part], 1e-2).total, memory
 
     memory, total, losses = rwkv_jax.init_state(config, ROWS), None, []
@@ -141,10 +143,10 @@ def test_a_carried_state_goes_on_where_the_batch_before_it_ended(x64):
     config = SMALL["rwkv4"]
     state, batch, step = start(config, carried_rows=ROWS)
     _, _, after = gradient(state, batch, step)
-    _, expected = rwkv_jax.forward(state.params, config, batch[0], None, batch[2])
+    _, expected = forward(state.params, config, batch[0], None, batch[2])
     assert_close(after.memory, expected, rtol=1e-5)  # It is kept in float32.
     _, metrics, _ = gradient(after, batch, step)
-    logits, _ = rwkv_jax.forward(after.params, config, batch[0], after.memory, batch[2])
+    logits, _ = forward(after.params, config, batch[0], after.memory, batch[2])
     assert_close(metrics.loss, language_model_loss(logits, batch[1]).cross_entropy)
 
 

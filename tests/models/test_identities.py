@@ -11,7 +11,7 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_models import EVERY_RWKV
+from small_models import EVERY_RWKV, forward
 
 import rwkv_jax
 from rwkv_jax.models import module_of
@@ -30,9 +30,6 @@ def trees_close(actual, expected):
 
 def draw(config, batch_size, num_tokens, seed=0):
     return np.random.default_rng(seed).integers(0, config.vocab_size, (batch_size, num_tokens), np.int32)
-
-
-forward = jax.jit(rwkv_jax.forward, static_argnames=("config", "backend", "positions"))
 
 
 @pytest.fixture

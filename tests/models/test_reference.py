@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from oracles import ORACLES
 from small_models import BACKENDS as EACH_BACKEND
-from small_models import SMALL
+from small_models import SMALL, forward
 
 import rwkv_jax
 from rwkv_jax import params as p
@@ -30,8 +30,6 @@ FLOAT32, FLOAT64 = 1e-4, 1e-9
 """Absolute, on logits and states; a float32 state is held to it relative to its size, where that is above 1."""
 KINKED = {("synthetic-6v0", "blocks.1.ffn.key.weight")}
 """Where the file's central difference steps over kinks of relu(k)^2' and is 5e-5 off; a finer one of the oracle takes its place."""
-
-forward = jax.jit(rwkv_jax.forward, static_argnames=("config", "backend", "positions"))
 
 
 def state_close(state, expected, tolerance):
@@ -133,7 +131,7 @@ def test_gradients_of_every_parameter_equal_autograd_of_transformers(backend, sh
     tokens = jnp.asarray(expected["tokens"])
 
     def loss(params):
-        return mean_cost(rwkv_jax.forward(params, config, tokens[:, :-1], backend=backend)[0], tokens[:, 1:])
+        return mean_cost(forward(params, config, tokens[:, :-1], backend=backend)[0], tokens[:, 1:])
 
     value, grads = jax.jit(jax.value_and_grad(loss))(params)
     np.testing.assert_allclose(value, expected["loss"], rtol=1e-6)
@@ -156,7 +154,7 @@ def test_directional_derivatives_through_both_ends_of_the_state(name, backend, s
     wave = lambda x: jnp.sin(1 + 0.37 * jnp.arange(x.size)).reshape(x.shape)
 
     def loss(params, state):
-        logits, final = rwkv_jax.forward(params, config, tokens[:, :-1], state, backend=backend)
+        logits, final = forward(params, config, tokens[:, :-1], state, backend=backend)
         return mean_cost(logits, tokens[:, 1:]) + 0.01 * sum(jnp.sum(wave(x) * x) for x in final)
 
     value, (grads, gstate) = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(params, initial)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracles import transformer as oracle
-from small_models import SMALL
+from small_models import SMALL, forward
 
 import rwkv_jax
 from rwkv_jax import finetune, generate
@@ -83,7 +83,7 @@ def test_gradients_equal_central_differences_of_the_numpy_oracle(x64):
 @pytest.mark.slow
 def test_gradients_through_the_state_token_by_token_equal_those_of_the_whole(x64):
     params, tokens = random_params(CONFIG), draw((3, 13))
-    state = rwkv_jax.forward(params, CONFIG, draw((3, 20), seed=5))[1]
+    state = forward(params, CONFIG, draw((3, 20), seed=5))[1]
     reset = jnp.zeros((3, 13), bool).at[1, 4].set(True).at[2, 0].set(True)
     length = jnp.array([13, 9, 11])
 
@@ -94,7 +94,7 @@ def test_gradients_through_the_state_token_by_token_equal_those_of_the_whole(x64
         def step(state, inputs):
             t, token, reset = inputs
             valid = (t < length).astype(jnp.int32)
-            logits, state = rwkv_jax.forward(params, CONFIG, token[:, None], state, reset[:, None], valid)
+            logits, state = forward(params, CONFIG, token[:, None], state, reset[:, None], valid)
             return state, logits[:, 0]
 
         state, logits = jax.lax.scan(step, state, (jnp.arange(13), tokens.T, reset.T))
@@ -143,7 +143,7 @@ def test_decoding_with_the_state_gives_the_argmax_of_the_whole_beyond_the_window
         params, CONFIG, logits, state, jnp.zeros_like(logits), jax.random.key(0), sampling=greedy, num_tokens=12
     )
     text = jnp.concatenate([prompt[None], tokens], axis=1)
-    whole, _ = rwkv_jax.forward(params, CONFIG, text)
+    whole, _ = forward(params, CONFIG, text)
     np.testing.assert_array_equal(tokens[0], jnp.argmax(whole[0, 18:-1], axis=-1))
 
 
