@@ -174,7 +174,7 @@ def test_the_loss_is_the_mean_over_the_targets_that_count(model, base, accumulat
         total, number = 0.0, 0
         for row, length in enumerate(lengths.tolist()):
             log_p = jax.nn.log_softmax(forward(params, model, ids[row : row + 1], backend="scan")[0][0])
-            for at in np.flatnonzero(counts[row, :length]):
+            for at in np.flatnonzero(np.asarray(counts)[row, :length]):
                 total, number = total - log_p[at, ids[row, at + 1]], number + 1
         return total / number
 
