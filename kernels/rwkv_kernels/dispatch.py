@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from . import hardware
 
-LARGEST_HEAD = {"pallas_gpu": 256, "mosaic_gpu": 128, "triton": 256, "pallas_tpu": 256}
+LARGEST_HEAD = {"pallas_gpu": 256, "mosaic_gpu": 256, "triton": 256, "pallas_tpu": 256}
 """Channels of a head that kernels hold, at most, by backend."""
 
 

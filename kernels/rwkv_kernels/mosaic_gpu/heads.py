@@ -1,8 +1,11 @@
-"""Kernels of recurrences whose state is a matrix a head, such as wkv7's: token by token, with 64 rows of the state in registers.
+"""Kernels of recurrences whose state is a matrix a head, such as wkv7's: token by token, with some rows of the state in registers.
 
 They compute what an op's `step.py` says of a token. A chunk's tokens come into shared memory at once, and what is made of them leaves
 it so. The backward kernel walks a chunk forward first, and keeps the state before every fourth token in shared memory; from there it
 walks up to three tokens again, to the state before the one whose turn it is. Nothing is inverted, so that nothing is lost to rounding.
+
+A wide head has half as many rows a program, because the backward kernel holds two states in registers, and there its tokens come and
+what is made of them leaves by groups of four, because a chunk of them does not fit in shared memory beside the states that are kept.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,19 +21,30 @@ from jaxtyping import Array
 from ..recurrence import Problem, Recurrence, pad_channels, starts_of
 from .call import call, like, lying
 
-ROWS = 64
-"""Value channels of a program: the layout in which 128 threads hold a matrix, that of a product by wgmma, has so many rows."""
+_LARGEST = 128
+"""Key channels of the largest head that is not wide."""
+_LAYOUTS = {
+    64: plgpu.Layout.WGMMA,
+    32: plgpu.Layout.TILED(plgpu.Tiling(((32, 8), (8, 8), (2,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1),
+}
+"""How 128 threads hold a matrix, by its rows: 16 a warp, as in a product by wgmma, or 8 a warp, and else alike."""
 _PIECE = 32
 """Key channels of a matrix that are worked on at a time, beside the state's other pieces: threads have registers for no more."""
 _GROUP = 4
 """Tokens between two states that the backward kernel keeps of a chunk: of 16 it keeps four, and with heads of 128 no more fit."""
 
 
+def _rows(keys: int) -> int:
+    """Value channels of a program, by the key channels of a head."""
+    return 64 if keys <= _LARGEST else 32
+
+
 def run(op: Recurrence, problem: Problem, walk: Any) -> tuple[Array, tuple[Array, ...]]:
     """Returns walk(problem), with the value channels padded to whole programs."""
     (state,) = problem.state
     values = state.shape[2]
-    padded = -(-values // ROWS) * ROWS
+    rows = _rows(state.shape[3])
+    padded = -(-values // rows) * rows
     tokens = tuple(pad_channels(x, 3, padded) if i == op.split else x for i, x in enumerate(problem.tokens))
     starts = None if problem.marks is None else starts_of(problem.marks, op.num_tokens)
     y, (final,) = walk(Problem(tokens, (), (pad_channels(state, 2, padded),), starts))
@@ -70,7 +84,7 @@ def forward(op: Recurrence, problem: Problem, interpret: bool, *, save: bool) ->
         (jax.ShapeDtypeStruct((*state.shape[:2], tile.num_chunks, *state.shape[2:]), state.dtype),) if save else ()
     )
     scratch = (
-        tile.parts(problem.tokens, tile.by_row), *tile.parts([v], [True]), tile.matrix(),
+        tile.parts(problem.tokens, tile.by_row, op.num_tokens), *tile.parts([v], [True], op.num_tokens), tile.matrix(),
         plgpu.Barrier(num_arrivals=len(problem.tokens)), plgpu.Barrier(),
     )  # fmt: skip
     y, final, entries = call(
@@ -85,6 +99,8 @@ def backward(
     """Returns the cotangents of tokens, shared and state."""
     tile = _Tile(op, problem, interpret)
     groups = op.num_tokens // _GROUP
+    by_group = tile.keys > _LARGEST
+    at_once = _GROUP if by_group else op.num_tokens
 
     def kernel(inputs, outputs, scratch):
         problem, (entry_ref,), gy_ref, (gfinal_ref,) = inputs
@@ -99,34 +115,49 @@ def backward(
 
         def body(i, gstate):
             i = tile.num_chunks - 1 - i
-            tile.load((*problem.tokens, gy_ref), (*token_parts, gy_part), i, loaded)
 
-            def step(t, state):
+            def fetch(part):
+                tile.load((*problem.tokens, gy_ref), (*token_parts, gy_part), part, loaded)
+
+            def step(j, n, state):
+                t = j * _GROUP + n
                 state = tile.cut(problem.marks, i, t, state)
-                return tile.step.forward(tile.numbers(token_parts, t), state, tile.spread)[1]
+                return tile.step.forward(tile.numbers(token_parts, n if by_group else t), state, tile.spread)[1]
 
             def keep(j, state):
+                if by_group:
+                    plgpu.commit_smem()  # What is read before the next tokens take its place.
+                    fetch(i * groups + j)
                 for n in range(_GROUP):
-                    state = step(j * _GROUP + n, state)
+                    state = step(j, n, state)
                 tile.put(kept, state, j + 1)
                 return state
 
             def pull(j, gstate):
                 j = groups - 1 - j
+                if by_group:
+                    plgpu.commit_smem()
+                    fetch(i * groups + j)
                 for n in reversed(range(_GROUP)):
                     state, t = tile.whole(kept, j), j * _GROUP + n
                     for earlier in range(n):
-                        state = step(j * _GROUP + earlier, state)
+                        state = step(j, earlier, state)
                     state = tile.cut(problem.marks, i, t, state)
-                    gy = tile.value(gy_part, t)
-                    token, put = tile.numbers(token_parts, t), tile.writer(gtoken_parts, t)
+                    at = n if by_group else t
+                    gy = tile.value(gy_part, at)
+                    token, put = tile.numbers(token_parts, at), tile.writer(gtoken_parts, at)
                     gstate = tile.step.backward(token, state, gy, gstate, tile.spread, put)
                     gstate = tile.cut(problem.marks, i, t, gstate)
+                if by_group:
+                    tile.store(gtoken_parts, gtoken_refs, tile.by_row, i * groups + j)
                 return gstate
 
+            if not by_group:
+                fetch(i)
             lax.fori_loop(0, groups - 1, keep, load(entry_ref.at[b, h, i, rows]))
             gstate = lax.fori_loop(0, groups, pull, gstate)
-            tile.store(gtoken_parts, gtoken_refs, tile.by_row, i)
+            if not by_group:
+                tile.store(gtoken_parts, gtoken_refs, tile.by_row, i)
             return gstate
 
         gstate = lax.fori_loop(0, tile.num_chunks, body, load(gfinal_ref.at[b, h, rows]))
@@ -139,8 +170,8 @@ def backward(
         for x, by_row in zip(problem.tokens, tile.by_row, strict=True)
     )
     scratch = (
-        tile.parts(problem.tokens, tile.by_row), *tile.parts([gy], [True]), tile.parts(gtokens, tile.by_row),
-        tile.matrix(groups), plgpu.Barrier(num_arrivals=len(problem.tokens) + 1), plgpu.Barrier(),
+        tile.parts(problem.tokens, tile.by_row, at_once), *tile.parts([gy], [True], at_once),
+        tile.parts(gtokens, tile.by_row, at_once), tile.matrix(groups), plgpu.Barrier(num_arrivals=len(problem.tokens) + 1), plgpu.Barrier(),
     )  # fmt: skip
     gtokens, gstate = call(
         kernel,
@@ -166,11 +197,9 @@ class _Tile:
         self.op, self.step, self.split, self.interpret = op, op.step, op.split, interpret
         (state,) = problem.state
         self.batch_size, num_heads, values, self.keys = state.shape
-        self.wide, self.num_chunks, self.programs = (
-            state.dtype,
-            problem.tokens[0].shape[1] // op.num_tokens,
-            values // ROWS,
-        )
+        self.wide, self.num_chunks = state.dtype, problem.tokens[0].shape[1] // op.num_tokens
+        self.rows = _rows(self.keys)
+        self.layout, self.programs = _LAYOUTS[self.rows], values // self.rows
         self.piece = min(self.keys, _PIECE)
         self.pieces = [pl.ds(at, self.piece) for at in range(0, self.keys, self.piece)]
         self.by_row = [i == op.split for i in range(len(problem.tokens))]
@@ -182,33 +211,32 @@ class _Tile:
 
     def place(self) -> tuple[Any, Any, Any]:
         """Row of the batch, head, and value channels."""
-        return lax.axis_index("b"), lax.axis_index("h"), pl.ds(lax.axis_index("n") * ROWS, ROWS)
+        return lax.axis_index("b"), lax.axis_index("h"), pl.ds(lax.axis_index("n") * self.rows, self.rows)
 
     def load(self, refs: Sequence[Any], parts: Sequence[Any], i: Any, loaded: Any) -> None:
-        """Fetches a chunk of tokens, and, after them, of what is like values."""
+        """Fetches the i-th part of the tokens, and, after them, of what is like values."""
         by_row = [*self.by_row, *[True] * (len(refs) - len(self.by_row))]
         for ref, part, rows in zip(refs, parts, by_row, strict=True):
-            plgpu.copy_gmem_to_smem(self._chunk(ref, i, rows), part, loaded)
+            plgpu.copy_gmem_to_smem(self._part(ref, part, i, rows), part, loaded)
         plgpu.barrier_wait(loaded)
 
     def store(self, parts: Sequence[Any], refs: Sequence[Any], by_row: Sequence[bool], i: Any) -> None:
-        """Writes a chunk."""
+        """Writes the i-th part."""
         plgpu.commit_smem()
         for part, ref, rows in zip(parts, refs, by_row, strict=True):
-            plgpu.copy_smem_to_gmem(part, self._chunk(ref, i, rows))
+            plgpu.copy_smem_to_gmem(part, self._part(ref, part, i, rows))
         plgpu.wait_smem_to_gmem(0)
 
-    def _chunk(self, ref: Any, i: Any, by_row: bool) -> Any:
+    def _part(self, ref: Any, part: Any, i: Any, by_row: bool) -> Any:
         b, h, rows = self.place()
         if ref.shape[0] != self.batch_size:  # Every program of a head has a batch of its own.
             b += lax.axis_index("n") * self.batch_size
-        tokens = pl.ds(i * self.op.num_tokens, self.op.num_tokens)
+        tokens = pl.ds(i * part.shape[0], part.shape[0])
         return ref.at[b, tokens, h, rows] if by_row else ref.at[b, tokens, h]
 
     def hint(self, x: Any, *summed: int) -> Any:
         """Says how threads hold x: as they do a matrix, or what is left of one after a sum over an axis."""
-        layout = plgpu.Layout.WGMMA.reduce(*summed) if summed else plgpu.Layout.WGMMA
-        return lying(x, layout, self.interpret)
+        return lying(x, self.layout.reduce(*summed) if summed else self.layout, self.interpret)
 
     def whole(self, ref: Any, *at: Any) -> tuple[Any, ...]:
         """A matrix, in pieces."""
@@ -221,7 +249,7 @@ class _Tile:
 
     def spread(self, x: Any, axis: int = 0) -> Any:
         """x [V], or, for axis 1, [P], as [V, P]."""
-        return self.hint(lax.broadcast_in_dim(x, (ROWS, self.piece), (axis,)))
+        return self.hint(lax.broadcast_in_dim(x, (self.rows, self.piece), (axis,)))
 
     def value(self, part: Any, t: Any) -> Any:
         """One token's values, spread."""
@@ -253,10 +281,10 @@ class _Tile:
         start = starts[lax.axis_index("b"), i * self.op.num_tokens + t] != 0
         return tuple(jnp.where(start, 0.0, x) for x in matrix)
 
-    def parts(self, arrays: Sequence[Any], by_row: Sequence[bool]) -> list[Any]:
-        """Shared memory for a chunk of arrays of tokens."""
+    def parts(self, arrays: Sequence[Any], by_row: Sequence[bool], at_once: int) -> list[Any]:
+        """Shared memory for as many tokens of arrays as are there at once."""
         return [
-            plgpu.SMEM((self.op.num_tokens, ROWS if rows else self.keys), x.dtype)
+            plgpu.SMEM((at_once, self.rows if rows else self.keys), x.dtype)
             for x, rows in zip(arrays, by_row, strict=True)
         ]
 
@@ -265,4 +293,4 @@ class _Tile:
         size = jnp.dtype(self.wide).itemsize
         swizzle = min(128, self.keys * size)
         transforms = (plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle))
-        return plgpu.SMEM((*count, ROWS, self.keys), self.wide, transforms=transforms)
+        return plgpu.SMEM((*count, self.rows, self.keys), self.wide, transforms=transforms)
