@@ -4,12 +4,12 @@ They compute what an op's `step.py` says of a token. A chunk's tokens come into 
 it so. The backward kernel walks a chunk forward first, and keeps the state before every fourth token in shared memory; from there it
 walks up to three tokens again, to the state before the one whose turn it is. Nothing is inverted, so that nothing is lost to rounding.
 
-A wide head has half as many rows a program, because the backward kernel holds two states in registers, and there its tokens come and
-what is made of them leaves by groups of four, because a chunk of them does not fit in shared memory beside the states that are kept.
+Of a wide head a program has half as many rows, because the backward kernel holds two matrices of them in registers, and there the
+tokens come by four, because a chunk of them does not fit in shared memory beside the states that are kept.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,29 +21,45 @@ from jaxtyping import Array
 from ..recurrence import Problem, Recurrence, pad_channels, starts_of
 from .call import call, like, lying
 
-_LARGEST = 128
-"""Key channels of the largest head that is not wide."""
-_LAYOUTS = {
-    64: plgpu.Layout.WGMMA,
-    32: plgpu.Layout.TILED(plgpu.Tiling(((32, 8), (8, 8), (2,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1),
-}
-"""How 128 threads hold a matrix, by its rows: 16 a warp, as in a product by wgmma, or 8 a warp, and else alike."""
 _PIECE = 32
 """Key channels of a matrix that are worked on at a time, beside the state's other pieces: threads have registers for no more."""
 _GROUP = 4
 """Tokens between two states that the backward kernel keeps of a chunk: of 16 it keeps four, and with heads of 128 no more fit."""
 
 
-def _rows(keys: int) -> int:
-    """Value channels of a program, by the key channels of a head."""
-    return 64 if keys <= _LARGEST else 32
+class _Hold(NamedTuple):
+    """How a program holds its part of a head."""
+
+    rows: int
+    """Value channels."""
+    layout: Any
+    """How the threads hold a matrix in registers."""
+    swizzle: int
+    """Bytes of a matrix's row that lie together in shared memory, where threads can then read and write that layout at once."""
+    by_group: bool
+    """Whether the backward kernel has a group of tokens in shared memory, rather than a chunk."""
+
+
+_NARROW = _Hold(64, plgpu.Layout.WGMMA, swizzle=128, by_group=False)
+"""For heads of up to 128 keys: as in a product by wgmma a warp has 16 rows, and all keys."""
+_WIDE = _Hold(
+    32,
+    plgpu.Layout.TILED(plgpu.Tiling(((32, _PIECE), (8, 8), (2,))), warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1),
+    swizzle=32,
+    by_group=True,
+)
+"""For others: a warp has all rows, and a quarter of a piece's keys, so that what is summed over values stays within it."""
+
+
+def _hold(keys: int) -> _Hold:
+    return _NARROW if keys <= 128 else _WIDE
 
 
 def run(op: Recurrence, problem: Problem, walk: Any) -> tuple[Array, tuple[Array, ...]]:
     """Returns walk(problem), with the value channels padded to whole programs."""
     (state,) = problem.state
     values = state.shape[2]
-    rows = _rows(state.shape[3])
+    rows = _hold(state.shape[3]).rows
     padded = -(-values // rows) * rows
     tokens = tuple(pad_channels(x, 3, padded) if i == op.split else x for i, x in enumerate(problem.tokens))
     starts = None if problem.marks is None else starts_of(problem.marks, op.num_tokens)
@@ -99,7 +115,7 @@ def backward(
     """Returns the cotangents of tokens, shared and state."""
     tile = _Tile(op, problem, interpret)
     groups = op.num_tokens // _GROUP
-    by_group = tile.keys > _LARGEST
+    by_group = tile.hold.by_group
     at_once = _GROUP if by_group else op.num_tokens
 
     def kernel(inputs, outputs, scratch):
@@ -119,31 +135,35 @@ def backward(
             def fetch(part):
                 tile.load((*problem.tokens, gy_ref), (*token_parts, gy_part), part, loaded)
 
-            def step(j, n, state):
+            def place(j, n):
+                """A token's place in the chunk, and in shared memory."""
                 t = j * _GROUP + n
+                return t, n if by_group else t
+
+            def step(j, n, state):
+                t, at = place(j, n)
                 state = tile.cut(problem.marks, i, t, state)
-                return tile.step.forward(tile.numbers(token_parts, n if by_group else t), state, tile.spread)[1]
+                return tile.step.forward(tile.numbers(token_parts, at), state, tile.spread)[1]
 
             def keep(j, state):
                 if by_group:
-                    plgpu.commit_smem()  # What is read before the next tokens take its place.
                     fetch(i * groups + j)
                 for n in range(_GROUP):
                     state = step(j, n, state)
                 tile.put(kept, state, j + 1)
+                if by_group:
+                    plgpu.commit_smem()  # All have read these tokens before the next take their place.
                 return state
 
             def pull(j, gstate):
                 j = groups - 1 - j
                 if by_group:
-                    plgpu.commit_smem()
                     fetch(i * groups + j)
                 for n in reversed(range(_GROUP)):
-                    state, t = tile.whole(kept, j), j * _GROUP + n
+                    state, (t, at) = tile.whole(kept, j), place(j, n)
                     for earlier in range(n):
                         state = step(j, earlier, state)
                     state = tile.cut(problem.marks, i, t, state)
-                    at = n if by_group else t
                     gy = tile.value(gy_part, at)
                     token, put = tile.numbers(token_parts, at), tile.writer(gtoken_parts, at)
                     gstate = tile.step.backward(token, state, gy, gstate, tile.spread, put)
@@ -171,7 +191,8 @@ def backward(
     )
     scratch = (
         tile.parts(problem.tokens, tile.by_row, at_once), *tile.parts([gy], [True], at_once),
-        tile.parts(gtokens, tile.by_row, at_once), tile.matrix(groups), plgpu.Barrier(num_arrivals=len(problem.tokens) + 1), plgpu.Barrier(),
+        tile.parts(gtokens, tile.by_row, at_once), tile.matrix(groups),
+        plgpu.Barrier(num_arrivals=len(problem.tokens) + 1), plgpu.Barrier(),
     )  # fmt: skip
     gtokens, gstate = call(
         kernel,
@@ -198,8 +219,8 @@ class _Tile:
         (state,) = problem.state
         self.batch_size, num_heads, values, self.keys = state.shape
         self.wide, self.num_chunks = state.dtype, problem.tokens[0].shape[1] // op.num_tokens
-        self.rows = _rows(self.keys)
-        self.layout, self.programs = _LAYOUTS[self.rows], values // self.rows
+        self.hold = _hold(self.keys)
+        self.rows, self.programs = self.hold.rows, values // self.hold.rows
         self.piece = min(self.keys, _PIECE)
         self.pieces = [pl.ds(at, self.piece) for at in range(0, self.keys, self.piece)]
         self.by_row = [i == op.split for i in range(len(problem.tokens))]
@@ -236,7 +257,8 @@ class _Tile:
 
     def hint(self, x: Any, *summed: int) -> Any:
         """Says how threads hold x: as they do a matrix, or what is left of one after a sum over an axis."""
-        return lying(x, self.layout.reduce(*summed) if summed else self.layout, self.interpret)
+        layout = self.hold.layout
+        return lying(x, layout.reduce(*summed) if summed else layout, self.interpret)
 
     def whole(self, ref: Any, *at: Any) -> tuple[Any, ...]:
         """A matrix, in pieces."""
@@ -289,8 +311,8 @@ class _Tile:
         ]
 
     def matrix(self, *count: int) -> Any:
-        """Shared memory for states, in an order that lets all threads read and write at once."""
+        """Shared memory for states."""
         size = jnp.dtype(self.wide).itemsize
-        swizzle = min(128, self.keys * size)
+        swizzle = min(self.hold.swizzle, self.keys * size)
         transforms = (plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle))
         return plgpu.SMEM((*count, self.rows, self.keys), self.wide, transforms=transforms)

@@ -45,7 +45,7 @@ def _after(token, p, state, found):
 
 def _times(state, token, i):
     """The state times the token's numbers from the i-th array, summed over the keys."""
-    return sum((x * token(i, p)).sum(1) for p, x in enumerate(state))
+    return sum(x * token(i, p) for p, x in enumerate(state)).sum(1)
 
 
 STEP = Step(_forward, _backward)
