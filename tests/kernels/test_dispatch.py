@@ -46,7 +46,7 @@ def test_the_best_backend_is_chosen(call, name):
         ("mosaic_gpu", Call("gpu", 8.0), "compute capability 9.0 (Hopper) to 11, and this one has 8.0"),
         ("mosaic_gpu", Call("gpu"), "9.0 (Hopper) to 11, and that of the one in use is not known"),
         ("mosaic_gpu", Call("gpu", 12.0), "this one has 12.0"),
-        ("mosaic_gpu", Call("gpu", 9.0, 192), "a head has 192 channels; this kernel holds at most 128"),
+        ("mosaic_gpu", Call("gpu", 9.0, 320), "a head has 320 channels; this kernel holds at most 256"),
         ("mosaic_gpu", Call("gpu", 9.0, 64, 64, "float64"), "float32, and an input is float64"),
         ("triton", Call("cpu"), "triton: needs a GPU, and the device in use is a cpu"),
         (

@@ -6,6 +6,8 @@ Nothing is divided by a decay, so it may be as strong as it likes. The state com
 again is read again, and what is made of it is handed over at once: beside two states, registers hold little.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 
 from ..recurrence import Step
@@ -45,7 +47,8 @@ def _after(token, p, state, found):
 
 def _times(state, token, i):
     """The state times the token's numbers from the i-th array, summed over the keys."""
-    return sum(x * token(i, p) for p, x in enumerate(state)).sum(1)
+    products: Any = sum(x * token(i, p) for p, x in enumerate(state))
+    return products.sum(1)
 
 
 STEP = Step(_forward, _backward)
