@@ -1,8 +1,8 @@
 """A recurrence as Pallas kernels for NVIDIA Hopper and later, lowered through Mosaic GPU, which outlives Pallas' Triton lowering.
 
 A program is 128 threads that walk the tokens with the state in registers: of 128 channels, each its own recurrence (`channels.py`),
-or of 64 value channels of a head, whose state is a matrix (`heads.py`). As in `pallas_gpu.py`, what is stored for the backward pass
-is the state at each chunk's start, and only where a gradient is asked.
+or of 64 value channels of a head, whose state is a matrix, and of a wide head 32 (`heads.py`). As in `pallas_gpu.py`, what is stored
+for the backward pass is the state at each chunk's start, and only where a gradient is asked.
 """
 
 import functools
