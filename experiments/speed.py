@@ -115,7 +115,9 @@ def main() -> None:
         for form, peer in peers.items():
             results[name][form] = peer
             ratio = best["tokens_per_second"] / peer["tokens_per_second"]
-            print(f"{'  ' + form:28s} {peer['tokens_per_second']:9.0f} tokens/s, {peer['peak_mb']:.0f} MB, RWKV over it {ratio:.2f}")
+            print(
+                f"{'  ' + form:28s} {peer['tokens_per_second']:9.0f} tokens/s, {peer['peak_mb']:.0f} MB, RWKV over it {ratio:.2f}"
+            )
         for mesh, sizes in cuts.items():
             alone, cut = worker("rwkv", name), worker("rwkv", name, mesh, math.prod(sizes.values()))
             results[name][mesh] = {"rwkv": cut, "one device": alone}
