@@ -2,7 +2,7 @@
 
 Every shape runs in a process of its own, so that peak memory is its own. A product of two 2048 x 2048 matrices, timed in the
 same process, gives the limit that the share refers to. `--compare` also trains a GPT-2 of equal size in torch, if torch is
-installed, in turns with ours, and prints the ratio. `--mesh fsdp=2,sequence=2` trains on a mesh too, after one device once more,
+installed, in turns with ours, the better of two runs each, and prints the ratio. `--mesh fsdp=2,sequence=2` trains on a mesh too, after one device once more,
 and prints the ratio: on a CPU the devices are virtual and share its cores, so that it shows what cutting costs. Timings on a shared
 machine vary by 10 to 25 %: compare ratios of one run.
 """
@@ -100,24 +100,28 @@ def main() -> None:
     print(f"{'shape':16s} {'tokens/s':>9s} {'of GEMM':>8s} {'compile s':>9s} {'peak MB':>8s}")
     for name in arguments.shapes:
         runs = [worker("rwkv", name)]
-        peers = {}
+        peers: dict[str, list[dict[str, float]]] = {}
         if arguments.compare and SHAPES[name].work == "train":
-            peers["GPT-2"] = worker("gpt2", name)
+            peers = {"gpt2": []} | ({"gpt2-parts": []} if SHAPES[name].accumulate > 1 else {})
+            for form in peers:
+                peers[form].append(worker(form, name))
             runs.append(worker("rwkv", name))
-            if SHAPES[name].accumulate > 1:
-                peers["GPT-2, its batch in parts"] = worker("gpt2-parts", name)
+            for form in peers:  # Each the better of two, as ours is.
+                peers[form].append(worker(form, name))
         best = max(runs, key=lambda run: run["tokens_per_second"])
         print(
             f"{name:16s} {best['tokens_per_second']:9.0f} {best['share_of_gemm']:8.2f} {best['compile_s']:9.1f} "
             f"{best['peak_mb']:8.0f}", flush=True,
         )  # fmt: skip
         results[name] = {"rwkv": best}
-        for form, peer in peers.items():
-            results[name][form] = peer
+        for form, measured in peers.items():
+            peer = results[name][form] = max(measured, key=lambda run: run["tokens_per_second"])
             ratio = best["tokens_per_second"] / peer["tokens_per_second"]
+            label = "  GPT-2, its batch in parts" if form == "gpt2-parts" else "  GPT-2"
             print(
-                f"{'  ' + form:28s} {peer['tokens_per_second']:9.0f} tokens/s, {peer['peak_mb']:.0f} MB, RWKV over it {ratio:.2f}"
-            )
+                f"{label:28s} {peer['tokens_per_second']:9.0f} tokens/s, {peer['peak_mb']:.0f} MB, "
+                f"RWKV over it {ratio:.2f}", flush=True,
+            )  # fmt: skip
         for mesh, sizes in cuts.items():
             alone, cut = worker("rwkv", name), worker("rwkv", name, mesh, math.prod(sizes.values()))
             results[name][mesh] = {"rwkv": cut, "one device": alone}

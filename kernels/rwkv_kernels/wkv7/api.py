@@ -49,7 +49,7 @@ def wkv7(
 
     Args:
         r: Receptance, in any floating dtype.
-        w: Log-decay a step and key channel, < 0. All but "scan" divide by the decay of a whole chunk of 16: that is
+        w: Log-decay a step and key channel, < 0. All but "scan" and "mosaic_gpu" divide by the decay of a whole chunk of 16: that is
             safe in RWKV-7's range, -0.6066 to 0, but gradients lose digits below -4 a step, and from -5.5 on it overflows to NaN.
         k: Keys, in r's dtype.
         v: Values, in r's dtype.
