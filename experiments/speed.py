@@ -2,9 +2,10 @@
 
 Every shape runs in a process of its own, so that peak memory is its own. A product of two 2048 x 2048 matrices, timed in the
 same process, gives the limit that the share refers to. `--compare` also trains a GPT-2 of equal size in torch, if torch is
-installed, in turns with ours, the better of two runs each, and prints the ratio. `--mesh fsdp=2,sequence=2` trains on a mesh too, after one device once more,
-and prints the ratio: on a CPU the devices are virtual and share its cores, so that it shows what cutting costs. Timings on a shared
-machine vary by 10 to 25 %: compare ratios of one run.
+installed, in turns with ours, each the better of two runs, and prints the ratio; where our batch is cut into parts, GPT-2 trains
+with its batch whole and in parts. `--mesh fsdp=2,sequence=2` trains on a mesh too, after one device once more, and prints the
+ratio: on a CPU the devices are virtual and share its cores, so that it shows what cutting costs. Timings on a shared machine vary
+by 10 to 25 %: compare ratios of one run.
 """
 
 import argparse
