@@ -22,6 +22,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -97,14 +98,13 @@ def main() -> None:
     if arguments.compare and importlib.util.find_spec("torch") is None:
         parser.error("--compare needs torch: pip install torch --index-url https://download.pytorch.org/whl/cpu")
 
-    results = {}
+    results, speed = {}, itemgetter("tokens_per_second")
     print(f"{'shape':16s} {'tokens/s':>9s} {'of GEMM':>8s} {'compile s':>9s} {'peak MB':>8s}")
     for name in arguments.shapes:
         kinds = ["rwkv"]
         if arguments.compare and SHAPES[name].work == "train":
             kinds += ["gpt2", "gpt2-parts"] if SHAPES[name].accumulate > 1 else ["gpt2"]
         runs = [{kind: worker(kind, name) for kind in kinds} for _ in range(min(len(kinds), 2))]
-        speed = lambda run: run["tokens_per_second"]
         results[name] = {kind: max((run[kind] for run in runs), key=speed) for kind in kinds}
         ours = results[name]["rwkv"]
         print(

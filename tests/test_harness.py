@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scripts import ROOT
+from small_models import forward
 
 import rwkv_jax
 
@@ -111,7 +112,6 @@ def evaluated(model, data, datasets_cache, tmp_path_factory):
 def plain_metrics(model, items):
     """The harness's metrics of these items by task, from one forward pass a sequence and without the library's evaluator."""
     params, config = rwkv_jax.load(model)
-    forward = jax.jit(rwkv_jax.forward, static_argnums=1)
 
     def score(context, continuation):
         head, tail = list(f"\n{context}".encode()), list(continuation.encode())
@@ -204,7 +204,7 @@ def test_a_rolling_log_likelihood_is_that_of_the_whole_text(harness, trained):
     params, config = rwkv_jax.load(trained)
     text = "The quick brown fox. " * 40
     ids = jnp.array([[0, *text.encode()]])
-    logits, _ = jax.jit(rwkv_jax.forward, static_argnums=1)(params, config, ids)
+    logits, _ = forward(params, config, ids)
     exact = np.asarray(jax.nn.log_softmax(logits[0, :-1]), np.float64)[np.arange(len(text)), ids[0, 1:]].sum()
     short, whole = harness.loglikelihood_rolling(requests(("The",), (text,)), disable_tqdm=True)
     assert whole == pytest.approx(exact, rel=1e-6)

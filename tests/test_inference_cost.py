@@ -14,6 +14,7 @@ import pytest
 import study
 from inference_cost import CostConfig, model_config
 from scripts import ROOT
+from small_models import forward
 
 import rwkv_jax
 
@@ -34,7 +35,6 @@ def test_a_doubled_cache_gives_what_a_whole_one_does():
     params = rwkv_jax.init(jax.random.key(0), whole)
     params = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(jax.random.key(x.size), x.shape), params)
     tokens = jax.random.randint(jax.random.key(1), (1, 16), 0, 32)
-    forward = jax.jit(rwkv_jax.forward, static_argnums=1)
     expected = forward(params, whole, tokens)[0]
     first, state = forward(params, small, tokens[:, :8], rwkv_jax.init_state(small, 1))
     rest, _ = forward(params, whole, tokens[:, 8:], inference_cost.with_room(state, 16))

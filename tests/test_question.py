@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_models import forward
 
 import rwkv_jax
 from rwkv_jax.question import Question, answer_all, right
@@ -14,7 +15,6 @@ from rwkv_jax.text.questions import Completion, Item
 BYTES = get_tokenizer("bytes")
 MODEL = rwkv_jax.RWKV4Config(vocab_size=256, num_layers=1, embed_dim=16, tokenizer="bytes", remat="none")
 CHOICES = ["cat", "brontosaurus", "é"]
-forward = jax.jit(rwkv_jax.forward, static_argnums=1)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ from functools import partial
 
 import context
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import scaling
@@ -17,6 +16,7 @@ import study
 import training_cells
 from equal_size import non_embedding
 from scripts import ROOT
+from small_models import forward
 from study import Finished
 from training_cells import TrainingConfig, models, training_cell
 
@@ -92,9 +92,7 @@ def test_losses_by_position_are_those_of_one_call_and_cleared_ones_those_of_docu
     tokens = np.random.default_rng(0).integers(0, 32, (2, 65)).astype(np.int32)
 
     def expected(model, tokens):
-        log_p = jax.nn.log_softmax(
-            jax.jit(rwkv_jax.forward, static_argnums=1)(params, model, jnp.asarray(tokens[:, :-1]))[0]
-        )
+        log_p = jax.nn.log_softmax(forward(params, model, tokens[:, :-1])[0])
         return -np.take_along_axis(np.asarray(log_p), tokens[:, 1:, None], axis=2)[..., 0]
 
     whole = expected(model, tokens)

@@ -7,7 +7,6 @@ import struct
 import tracemalloc
 import zipfile
 
-import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -25,7 +24,7 @@ from checkpoint_files import (
     write_rwkv_cpp,
     write_torch,
 )
-from small_models import RWKV, SMALL
+from small_models import RWKV, SMALL, forward
 
 import rwkv_jax
 from rwkv_jax.convert.formats import open_checkpoint
@@ -52,8 +51,6 @@ WRITERS = {
     "rwkv.cpp": write_rwkv_cpp,
     "safetensors": lambda path, tensors: safetensors.numpy.save_file(tensors, path),
 }
-
-forward = jax.jit(rwkv_jax.forward, static_argnames=("config",))
 
 
 def original(shared, name):

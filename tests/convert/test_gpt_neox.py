@@ -4,13 +4,12 @@ import json
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 from checkpoint_files import needs, official, random_params
 from oracles import transformer as oracle
-from small_models import SMALL
+from small_models import SMALL, forward
 
 import rwkv_jax
 from rwkv_jax import inspect
@@ -81,7 +80,7 @@ def test_a_folder_gives_the_logits_of_the_numpy_oracle(form, weights, tmp_path, 
     assert config == CONFIG
     tokens = np.random.default_rng(0).integers(0, 29, 33)
     expected, _ = oracle.run(weights, tokens, head_dim=6, rotary_fraction=0.7, context_length=24)
-    logits, _ = jax.jit(rwkv_jax.forward, static_argnums=1)(params, config, tokens[None].astype(np.int32))
+    logits, _ = forward(params, config, tokens[None].astype(np.int32))
     np.testing.assert_allclose(logits[0], expected, rtol=0, atol=1e-9)
 
 
@@ -188,7 +187,7 @@ def test_transformers_computes_the_same_from_its_folder_and_from_ours(residual, 
     rwkv_jax.save(ours, params, config)
     tokens = np.random.default_rng(0).integers(0, 97, (2, 100))
     np.save(tmp_path / "tokens.npy", tokens)
-    logits, _ = jax.jit(rwkv_jax.forward, static_argnums=1)(params, config, tokens.astype(np.int32))
+    logits, _ = forward(params, config, tokens.astype(np.int32))
     for folder in (theirs, ours):
         run_program(LOGITS, folder, tmp_path / "tokens.npy", tmp_path / "logits.npy")
         expected = np.load(tmp_path / "logits.npy")

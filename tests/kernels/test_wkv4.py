@@ -226,9 +226,10 @@ def test_scan_has_no_custom_vjp_and_takes_forward_mode_and_hessians():
         np.testing.assert_allclose(hessian[i], difference, rtol=2e-2, atol=1e-3)
 
 
-def test_outputs_have_the_inputs_dtype_and_the_state_is_float32():
+@pytest.mark.parametrize("backend", HERE)
+def test_outputs_have_the_inputs_dtype_and_the_state_is_float32(backend):
     k = jnp.ones((2, 5, 4), jnp.bfloat16)
-    y, state = rwkv_kernels.wkv4(k, k, -jnp.ones(4), jnp.ones(4))
+    y, state = rwkv_kernels.wkv4(k, k, -jnp.ones(4), jnp.ones(4), backend=backend)
     assert y.dtype == jnp.bfloat16
     assert {x.dtype for x in state} == {jnp.dtype(jnp.float32)}
 

@@ -220,9 +220,10 @@ def test_scan_has_no_custom_vjp_and_takes_forward_mode_and_hessians():
         np.testing.assert_allclose(hessian[i], difference, rtol=2e-2, atol=1e-2)
 
 
-def test_outputs_have_the_inputs_dtype_and_the_state_is_float32():
+@pytest.mark.parametrize("backend", HERE)
+def test_outputs_have_the_inputs_dtype_and_the_state_is_float32(backend):
     x = jnp.ones((2, 5, 1, 4), jnp.bfloat16)
-    y, state = rwkv_kernels.wkv7(x, -x.astype(jnp.float32), x, x, x, x)
+    y, state = rwkv_kernels.wkv7(x, -x.astype(jnp.float32), x, x, x, x, backend=backend)
     assert y.dtype == jnp.bfloat16
     assert state.dtype == jnp.float32
 

@@ -306,6 +306,6 @@ def test_state_of_another_batch_and_params_of_another_config_are_refused(config)
 def test_a_traced_token_outside_the_vocabulary_gives_nan_and_not_another_row(config):
     params = rwkv_jax.init(jax.random.key(0), config)
     tokens = jnp.array([[1, 2], [1, config.vocab_size], [1, -1]])
-    logits, _ = jax.jit(rwkv_jax.forward, static_argnums=1)(params, config, tokens)
+    logits, _ = forward(params, config, tokens)
     assert np.isfinite(logits[0]).all() and np.isfinite(logits[:, 0]).all()
     assert np.isnan(logits[1:, 1]).all()

@@ -61,7 +61,7 @@ def test_pythia_has_the_published_number_of_parameters(name):
 def test_logits_equal_the_numpy_oracle_in_float32_and_with_the_residual_in_turns(dtype, parallel, x64):
     config = dataclasses.replace(CONFIG, parallel_residual=parallel)
     params, tokens = random_params(config, dtype), draw((1, 40))
-    logits, _ = jax.jit(rwkv_jax.forward, static_argnums=1)(params, config, tokens)
+    logits, _ = forward(params, config, tokens)
     assert logits.dtype == dtype
     expected = by_oracle(official(params, config), config, tokens[0])
     np.testing.assert_allclose(logits[0], expected, rtol=0, atol=1e-4 if dtype == "float32" else 1e-9)

@@ -151,8 +151,6 @@ def backward(
                 for n in range(_GROUP):
                     state = step(j, n, state)
                 tile.put(kept, state, j + 1)
-                if by_group:
-                    plgpu.commit_smem()  # All have read these tokens before the next take their place.
                 return state
 
             def pull(j, gstate):
