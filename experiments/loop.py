@@ -139,7 +139,8 @@ def run(settings: config.Settings, base: Any, mesh: Mesh, prepare: Prepare) -> N
         )
 
     optimizer = optim.make_optimizer(settings.optim, declaration, run.steps)
-    schedule = optim.learning_rate(settings.optim, run.steps)
+    # All of them now: computed between steps, each would stand in the device's queue behind the step that is running.
+    rates = np.asarray(optim.learning_rate(settings.optim, run.steps)(np.arange(run.steps)))
     key, trained, frozen = jax.random.key(run.seed), None, None
     if base is not None:
         if is_main and not resumes:
@@ -201,7 +202,7 @@ def run(settings: config.Settings, base: Any, mesh: Mesh, prepare: Prepare) -> N
         speed, last_time = tokens_a_step / (now - last_time), now
         row = {
             "step": step, "loss": loss, "bits_per_byte": loss * work.bits_per_nat, "grad_norm": grad_norm,
-            "learning_rate": np.asarray(schedule(step - 1)).item(), "tokens_per_second": speed,
+            "learning_rate": rates[step - 1].item(), "tokens_per_second": speed,
         }  # fmt: skip
         if peak:
             row["model_flop_utilisation"] = 3 * lm.flops_per_token(model) * speed / peak

@@ -324,15 +324,16 @@ def evaluate(
         packed: Whether the state is reset where a document starts, as in training with documents="packed".
     """
     start = init_state(config, 1) if start is None else start
-    state, nats, num_tokens = None, 0.0, 0
+    state, nats, num_tokens, running = None, 0.0, 0, 0.0
     for batch in batches:
         if state is None or batch.fresh:
             state = _rows(start, batch.inputs.shape[0])
         reset = batch.reset if packed else None
         cost, state = _evaluation_step(params, config, batch.inputs, batch.targets, batch.valid, reset, state, backend)
-        nats += float(cost)
+        nats += float(running)  # Of the batch before, while this one is running.
+        running = cost
         num_tokens += int(np.sum(batch.valid))
-    return Evaluation(nats, num_tokens)
+    return Evaluation(nats + float(running), num_tokens)
 
 
 def _rows(start: Any, batch_size: int) -> Any:

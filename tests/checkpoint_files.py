@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import struct
 import zipfile
+from functools import cache
 from typing import Any
 
 import jax
@@ -25,8 +26,12 @@ def needs(*packages):
 
 def random_params(config, dtype: Any = np.float32):
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: rwkv_jax.init(jax.random.key(0), config))
-    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape).astype(dtype)), shapes)
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape).astype(dtype)), _shapes(config))
+
+
+@cache
+def _shapes(config):
+    return jax.eval_shape(lambda: rwkv_jax.init(jax.random.key(0), config))
 
 
 def official(params, config):

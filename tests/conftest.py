@@ -1,5 +1,6 @@
 """Shape and type annotations are checked at run time in every test."""
 
+import gc
 import importlib.metadata
 import os
 import shutil
@@ -11,11 +12,15 @@ import jaxtyping
 import pytest
 
 # Most of the tests' time is XLA compiling, which takes a third as long without optimising, to the same tolerances.
-_XLA_FLAGS = "--xla_backend_optimization_level=0"
-if importlib.metadata.version("jaxlib") < "0.11":  # A later XLA refuses these.
-    _XLA_FLAGS += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+_XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+if importlib.metadata.version("jaxlib") < "0.11":
+    _XLA_FLAGS += " --xla_cpu_use_fusion_emitters=false"
+else:  # A later XLA has no other emitters, and compiles three times as long.
+    _XLA_FLAGS += " --xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE"
 os.environ.setdefault("XLA_FLAGS", _XLA_FLAGS)
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # Where each operation was called takes time to note.
+
+gc.set_threshold(50_000)  # Of the objects of a trace few are garbage: looking for it took 7 % of the time.
 
 jaxtyping.install_import_hook(["rwkv_jax", "rwkv_kernels"], "beartype.beartype")
 

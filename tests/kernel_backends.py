@@ -27,14 +27,19 @@ def holding(backends, head_dim):
 
 
 def interpreted(backends):
-    """Those that an interpreter runs, which takes long: of its cases most are slow tests."""
+    """Those that an interpreter runs, which takes long."""
     return [name for name in on_this_device(backends) if backends[name].by_name]
 
 
-def each_case(backends, cases, quick=None):
-    """(case, backend, dtypes) for every backend beside the oracle; slow are cases not in `quick`, and most low dtypes.
+def marked(backends, names):
+    """The names, those of interpreters as slow tests."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in interpreted(backends) else name for name in names]
 
-    For an interpreter most cases are slow.
+
+def each_case(backends, cases):
+    """(case, backend, dtypes) for every backend beside the oracle; slow are all but QUICK.
+
+    Where there is float64, the fast cases are in it; an interpreter has one.
     """
     low = [jnp.float32, jnp.bfloat16]
     params = []
@@ -42,17 +47,18 @@ def each_case(backends, cases, quick=None):
     for backend in beside_the_oracle(backends):
         slowly = backend in interpreted(backends)
         for case in cases:
-            fast = case in (quick or cases) and (not slowly or case in FEW)
-            few = fast and not slowly and case in FEW
-            parts = [([jnp.float64, *low], True)] if few else [([jnp.float64], fast), (low, False)]
-            for dtypes, is_fast in parts if backend in in_float64 else [(low, fast)]:
+            fast = case in QUICK[slowly:]
+            parts = [(low, fast)]
+            if backend in in_float64:
+                parts = [([jnp.float64], fast), (low, False)]
+            for dtypes, is_fast in parts:
                 name = f"{case}-{backend}-{'-'.join(jnp.dtype(dtype).name for dtype in dtypes)}"
                 params.append(pytest.param(case, backend, dtypes, marks=() if is_fast else pytest.mark.slow, id=name))
     return params
 
 
-FEW = ("ragged_end", "lengths_and_resets", "values_of_another_width")
-"""What an interpreter is given in the fast tests, and what the others are given there in every dtype."""
+QUICK = ("one_token", "lengths_and_resets")
+"""The cases of the fast tests; an interpreter is given the second alone."""
 
 
 def hold_against_the_scan(run, inputs, backend, dtypes):

@@ -27,6 +27,8 @@ SMALL = {
 RWKV = [name for name in SMALL if name != "transformer"]
 """Those with a WKV operator, and with official files of other programs."""
 FAST = ("rwkv4", "rwkv7")
+FAST_PAIRS = [("rwkv4", "scan"), ("rwkv7", "parallel")]
+"""What the fast tests are given: these models, or these with their backends."""
 EVERY = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SMALL if name not in FAST)]
 """For tests that take long to compile."""
 EVERY_RWKV = [name for name in EVERY if name in FAST or name.values[0] in RWKV]

@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -19,7 +20,7 @@ OPTIMIZER = optim.make_optimizer(SETTINGS.optim, module_of(MODEL).declare(MODEL)
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Orbax's and its dependencies' own
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def states():
     """Three training states, each a step after the other."""
     state = train.init_train_state(jax.random.key(0), MODEL, OPTIMIZER)
@@ -44,13 +45,21 @@ def equal(a, b):
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.fixture
-def saved(states, tmp_path):
-    checkpoints = checkpoint.Checkpoints(tmp_path / "run", keep_last=1, keep_best=1)
+@pytest.fixture(scope="module")
+def run(states, tmp_path_factory):
+    """The folder of a run with those states, of which the last and the best are kept."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "run"
+    checkpoints = checkpoint.Checkpoints(folder, keep_last=1, keep_best=1)
     for state, bits in zip(states, [3.0, 1.0, 2.0], strict=True):
         checkpoints.save(state, {"next": int(state.step)}, SETTINGS, bits)
     checkpoints.close()
-    return tmp_path / "run"
+    return folder
+
+
+@pytest.fixture
+def saved(run, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(run, tmp_path / "run")
 
 
 def test_float64_that_jax_does_not_have_is_refused_of_a_run_too(saved):
@@ -69,10 +78,11 @@ def test_the_newest_comes_back_whole_and_the_best_is_kept(saved, states):
 
 
 def test_saving_is_not_disturbed_by_donating_the_state_at_once(states, tmp_path):
+    state = states[0]._replace(params=jax.tree.map(jnp.copy, states[0].params))
     expected = jax.tree.map(np.asarray, states[0].params)
     checkpoints = checkpoint.Checkpoints(tmp_path / "run", keep_last=1, keep_best=0)
-    checkpoints.save(states[0], {}, SETTINGS, 1.0)
-    jax.block_until_ready(jax.jit(lambda p: jax.tree.map(lambda x: x * 0 - 7, p), donate_argnums=0)(states[0].params))
+    checkpoints.save(state, {}, SETTINGS, 1.0)
+    jax.block_until_ready(jax.jit(lambda p: jax.tree.map(lambda x: x * 0 - 7, p), donate_argnums=0)(state.params))
     checkpoints.close()
     equal(rwkv_jax.load(tmp_path / "run")[0], expected)
 

@@ -13,7 +13,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from scripts import COMPILING, ROOT, losses
+from scripts import COMPILING, ROOT, losses, run_here
 
 from rwkv_jax import accuracy, checkpoint, config, sharding
 
@@ -65,23 +65,13 @@ validation_tokens = 500
     (folder / "qa.toml").write_text(
         f'{shared}[finetune]\ninit_from = "base"\n[questions]\ntask = "blanks"\ntraining_items = 150\nheld_out_items = 40\n'
     )
-    result = script(folder, "train.py", "base.toml", "--run.folder", "base")
+    result = run_here(folder, "train.py", "--cfg", "base.toml", "--run.folder", "base")
     assert result.returncode == 0, result.stderr
     return folder
 
 
-def command(name, config, *overrides):
-    return [sys.executable, str(ROOT / "experiments" / name), "--cfg", config, *overrides]
-
-
-def script(home, name, config, *overrides, env=None):
-    return subprocess.run(
-        command(name, config, *overrides), capture_output=True, text=True, timeout=300, cwd=home, env=env
-    )
-
-
 def tuning(method, folder):
-    return "finetune_qa.py", "qa.toml", "--run.folder", folder, *METHODS[method]
+    return "finetune_qa.py", "--cfg", "qa.toml", "--run.folder", folder, *METHODS[method]
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +80,7 @@ def finished(home):
 
     @functools.cache
     def run(method):
-        result = script(home, *tuning(method, f"{method}_whole"))
+        result = run_here(home, *tuning(method, f"{method}_whole"))
         assert result.returncode == 0, result.stderr
         return home / f"{method}_whole", result.stdout
 
@@ -117,31 +107,30 @@ def test_a_run_reports_both_accuracies_and_the_gain_with_intervals(finished, met
 def test_a_killed_run_goes_on_bit_for_bit_and_a_finished_one_says_so(finished, home):
     method, folder = "lora", home / "killed"
     whole, _ = finished(method)
-    process = subprocess.Popen(
-        command(*tuning(method, folder.name)), cwd=home, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        env=COMPILING,
-    )  # fmt: skip
+    name, *arguments = tuning(method, folder.name)
+    command = [sys.executable, str(ROOT / "experiments" / name), *arguments]
+    process = subprocess.Popen(command, cwd=home, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and process.poll() is None and not checkpoint.is_checkpoint(folder):
-        time.sleep(0.002)
+        time.sleep(0.005)
     assert process.poll() is None, process.communicate()[1]
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=120)
-    result = script(home, *tuning(method, folder.name), env=COMPILING)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=home, env=COMPILING)
     assert result.returncode == 0, result.stderr
     assert losses(folder) == losses(whole)
     ours, theirs = (json.loads((run / "results.json").read_text()) for run in (folder, whole))
     assert [ours[name] for name in ("before", "after", "gain")] == [
         theirs[name] for name in ("before", "after", "gain")
     ]
-    again = script(home, *tuning(method, folder.name))
+    again = run_here(home, *tuning(method, folder.name))
     assert again.returncode == 0 and "This run is finished" in again.stdout, again.stderr
 
 
 def test_a_run_learns_what_is_asked_in_a_file(home):
     arguments = ["--questions.task", "arc_easy", "--data.source", "jsonl", "--data.path", "arc.jsonl"]
     longer = ["--run.steps", "200", "--run.validate_every", "200", "--run.checkpoint_every", "200"]
-    result = script(home, "finetune_qa.py", "qa.toml", "--run.folder", "arc", *arguments, *longer)
+    result = run_here(home, "finetune_qa.py", "--cfg", "qa.toml", "--run.folder", "arc", *arguments, *longer)
     assert result.returncode == 0, result.stderr
     results = json.loads((home / "arc/results.json").read_text())
     assert results["gain"]["resolved"] and results["after"]["low"] > results["chance"]

@@ -1,7 +1,6 @@
 """Fine-tuning as a user runs it: each method from a tiny run, to the end, interrupted, loaded, and with bad input."""
 
 import json
-import os
 import random
 import re
 import shutil
@@ -13,7 +12,8 @@ import time
 import jax
 import numpy as np
 import pytest
-from scripts import COMPILING, ROOT, losses
+from huggingface_hub import constants
+from scripts import COMPILING, ROOT, losses, run_here
 
 import rwkv_jax
 from rwkv_jax import checkpoint, config, sharding
@@ -73,7 +73,7 @@ validation_tokens = 500
     (folder / "tune.toml").write_text(
         f'{shared}[finetune]\ninit_from = "base"\ncompare_source = "text"\ncompare_path = "old"\n'
     )
-    result = train(folder, "base.toml", "--data.path", "old", "--run.folder", "base", "--run.steps", "40")
+    result = train_here(folder, "base.toml", "--data.path", "old", "--run.folder", "base", "--run.steps", "40")
     assert result.returncode == 0, result.stderr
     return folder
 
@@ -82,9 +82,8 @@ def command(config_file, *overrides):
     return [sys.executable, str(ROOT / "experiments/train.py"), "--cfg", config_file, *overrides]
 
 
-def train(home, config_file, *overrides, env=None):
-    run = command(config_file, *overrides)
-    return subprocess.run(run, capture_output=True, text=True, timeout=300, cwd=home, env=env)
+def train_here(home, config_file, *overrides):
+    return run_here(home, "train.py", "--cfg", config_file, *overrides)
 
 
 def tuning(method, folder):
@@ -94,7 +93,7 @@ def tuning(method, folder):
 @pytest.fixture(scope="module", params=METHODS)
 def finished(request, home):
     """A method, the folder of a run of it that was never interrupted, and what it printed."""
-    result = train(home, *tuning(request.param, f"{request.param}_whole"))
+    result = train_here(home, *tuning(request.param, f"{request.param}_whole"))
     assert result.returncode == 0, result.stderr
     return request.param, home / f"{request.param}_whole", result.stdout
 
@@ -123,8 +122,7 @@ def test_the_run_loads_as_a_whole_model_and_generates(finished, home):
     assert (start is not None) == (method == "state")
     if start is not None:
         assert max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(start)) > 0
-    script = [sys.executable, str(ROOT / "experiments/generate.py"), "--checkpoint", str(folder), "--prompt", "river "]
-    output = subprocess.run([*script, "--max_tokens", "10"], capture_output=True, text=True, timeout=120)
+    output = run_here(home, "generate.py", "--checkpoint", str(folder), "--prompt", "river ", "--max_tokens", "10")
     assert output.returncode == 0, output.stderr
     assert output.stdout.startswith("river ")
 
@@ -133,42 +131,51 @@ def test_the_settings_of_a_run_load_equal_and_train_it_again(finished, home):
     _, folder, _ = finished
     settings = config.load(folder / "config.toml")
     assert settings == checkpoint.load_checkpoint(folder)[2]
-    again = train(home, str(folder / "config.toml"))
+    again = train_here(home, str(folder / "config.toml"))
     assert again.returncode == 0 and "This run is finished" in again.stdout, again.stderr
 
 
-@pytest.mark.parametrize("way", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "stopped"])
-def test_an_interrupted_run_goes_on_bit_for_bit_without_reading_the_model_again(finished, home, way):
+def test_a_killed_and_then_stopped_run_goes_on_bit_for_bit_without_reading_the_model_again(finished, home):
     method, whole, _ = finished
-    folder = home / f"{method}_{way.name}"
+    folder = home / f"{method}_interrupted"
     arguments = tuning(method, folder.name)
-    process = subprocess.Popen(
-        command(*arguments), cwd=home, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=COMPILING
-    )
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and process.poll() is None:
-        if checkpoint.is_checkpoint(folder):  # Before the first one nothing is lost, and a run begins again.
-            break
-        time.sleep(0.002)
-    assert process.poll() is None, process.communicate()[1]
-    process.send_signal(way)
-    process.communicate(timeout=120)
+
+    metrics = folder / "metrics.jsonl"
+
+    def interrupted(way, ready, env=None):
+        process = subprocess.Popen(
+            command(*arguments), cwd=home, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env
+        )
+        deadline = time.monotonic() + 240
+        while time.monotonic() < deadline and process.poll() is None and not ready():
+            time.sleep(0.005)
+        assert process.poll() is None, process.communicate()[1]
+        process.send_signal(way)
+        process.communicate(timeout=120)
+
+    # Before the first checkpoint nothing is lost, and a run begins again.
+    interrupted(signal.SIGKILL, lambda: checkpoint.is_checkpoint(folder))
+    kept = max(int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit())
+    file = metrics.stat().st_ino  # Of a run that goes on it is another, without the steps that were lost.
     (home / "base").rename(home / "away")
     try:
-        result = train(home, *arguments, env=COMPILING)
+        goes_on = lambda: metrics.stat().st_ino != file and metrics.read_text().count("\n") > kept
+        interrupted(signal.SIGTERM, goes_on, env=COMPILING)
+        result = train_here(home, *arguments)
     finally:
         (home / "away").rename(home / "base")
     assert result.returncode == 0, result.stderr
     assert losses(folder) == losses(whole)
 
 
-def test_a_run_keeps_to_the_commit_of_the_hub_that_it_began_with(home, tmp_path):
+def test_a_run_keeps_to_the_commit_of_the_hub_that_it_began_with(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     repository, commit = tmp_path / "hub/models--org--repo", "0123456789abcdef0123456789abcdef01234567"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs/main").write_text(commit)
     (repository / "snapshots").mkdir()
     rwkv_jax.save(repository / "snapshots" / commit, *rwkv_jax.load(home / "base"), "huggingface")
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
     run = (
         "tune.toml",
         "--data.path",
@@ -178,12 +185,12 @@ def test_a_run_keeps_to_the_commit_of_the_hub_that_it_began_with(home, tmp_path)
         "--init_from",
         "hf://org/repo@main",
     )
-    first = train(home, *run, env=env)
+    first = train_here(home, *run)
     assert first.returncode == 0, first.stderr
     recorded = config.load(tmp_path / "run/config.toml").finetune
     assert (recorded.init_from, recorded.init_commit) == ("hf://org/repo@main", commit)
     shutil.rmtree(repository)
-    again = train(home, *run, env=env)
+    again = train_here(home, *run)
     assert again.returncode == 0 and "This run is finished" in again.stdout, again.stderr
 
 
@@ -199,7 +206,7 @@ def test_a_run_keeps_to_the_commit_of_the_hub_that_it_began_with(home, tmp_path)
     ],
 )
 def test_bad_input_ends_with_a_message_that_names_it(home, tmp_path, overrides, message):
-    result = train(home, "tune.toml", "--data.path", "new", "--run.folder", str(tmp_path / "run"), *overrides)
+    result = train_here(home, "tune.toml", "--data.path", "new", "--run.folder", str(tmp_path / "run"), *overrides)
     assert result.returncode in (1, 2)
     assert message in result.stderr
     assert "Traceback" not in result.stderr

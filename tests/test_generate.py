@@ -118,7 +118,12 @@ def long_prompt():
     return ids, np.asarray(scan_forward(random_params(), MODEL, jnp.asarray(ids)[None])[0][0])
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 7, 8, 9, 31, 33, 1023, 1024, 1025, 1028, 2048, 2100])
+OTHER_LENGTHS = [2, 3, 4, 7, 8, 9, 31, 1023, 1024, 1028, 2048]
+
+
+@pytest.mark.parametrize(
+    "length", [1, 5, 33, 1025, 2100, *(pytest.param(length, marks=pytest.mark.slow) for length in OTHER_LENGTHS)]
+)
 def test_prefill_of_any_length_gives_the_logits_after_the_prompt(length):
     ids, exact = long_prompt()
     logits, _ = prefill(random_params(), MODEL, ids[:length])
@@ -325,6 +330,7 @@ def test_ties_do_not_let_more_tokens_in_than_asked_for():
     assert len(set(sample(jax.random.key(0), equal, equal, Sampling(top_p=0.5)).tolist())) == 4
 
 
+@pytest.mark.slow
 def test_rows_of_the_head_that_the_tokenizer_has_no_id_for_are_never_drawn():
     config = RWKV4Config(vocab_size=300, num_layers=1, embed_dim=8)
     params = random_params(config)

@@ -190,6 +190,7 @@ def test_parameters_are_float32_even_with_x64_on(x64):
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float32)}
 
 
+@pytest.mark.slow
 def test_init_works_under_jit_and_vmap_over_keys():
     keys = jax.random.split(jax.random.key(2), 3)
     jitted = jax.jit(rwkv_jax.init, static_argnums=1)(keys[1], ONE_LAYER)

@@ -182,6 +182,7 @@ def test_weight_decay_applies_to_projections_embedding_and_head_only(config):
     assert decaying == {name for name in declared(config) if re.match(matrices, name)}
 
 
+@pytest.mark.slow
 def test_one_layer_and_one_channel_divide_by_nothing():
     size = {"vocab_size": 3, "num_layers": 1, "embed_dim": 1, "head_dim": 1}
     for config in (RWKV5Config(**size), RWKV5Config(**size, variant="5.0"), RWKV6Config(**size)):

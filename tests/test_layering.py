@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -30,6 +31,7 @@ EXTRAS = {HARNESS: "lm_eval"}
 MODULES = {module_name(path): path for path in LIBRARY + KERNELS}
 
 
+@cache
 def imports(name, *, lazy=True):
     """Dotted names that a module imports; with lazy=False only those that are imported with it."""
     path = MODULES[name]

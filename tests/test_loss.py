@@ -114,6 +114,7 @@ def test_a_batch_that_does_not_divide_is_refused():
         jax.eval_shape(lambda: step(init_train_state(jax.random.key(0), MODEL, OPTIMIZER), tokens, tokens, None))
 
 
+@pytest.mark.slow
 def test_metrics_are_the_loss_and_the_gradient_norm_of_the_whole_batch_before_the_update():
     state, inputs, targets = random_state(), random_tokens(2, 6), random_tokens(2, 6, seed=1)
     step = partial(train_step, config=MODEL, optimizer=OPTIMIZER, l2wrap=0.2, accumulate=2)
@@ -134,6 +135,7 @@ def test_metrics_are_the_loss_and_the_gradient_norm_of_the_whole_batch_before_th
     assert float(metrics.grad_norm) == pytest.approx(norm, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_training_learns_a_repeated_batch_and_keeps_float32_parameters():
     config = RWKV4Config(vocab_size=13, num_layers=2, embed_dim=8, dtype="bfloat16")
     state = init_train_state(jax.random.key(0), config, OPTIMIZER)

@@ -60,6 +60,7 @@ def test_fresh_parameters_are_those_of_init(config):
         RWKV(config)
 
 
+@pytest.mark.slow
 def test_a_model_gives_the_numbers_of_forward_and_goes_on_from_its_state(config, params):
     model, ids = RWKV(config, params), tokens(config)
     reset, length = jnp.zeros(ids.shape, bool).at[0, 3].set(True), jnp.array([7, 4])

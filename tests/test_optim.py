@@ -167,6 +167,7 @@ def test_updates_are_those_of_numpy_adam_with_clip_groups_and_decay(changes):
         np.testing.assert_allclose(actual, expected[name], atol=1e-5 * moved + 1e-6, rtol=0, err_msg=name)
 
 
+@pytest.mark.slow
 def test_time_decay_moves_twice_and_time_first_three_times_as_far():
     config = OptimConfig(lr=1e-3)
     params, gradient = random_params(0, 1.0), jax.tree.map(jnp.ones_like, random_params(0, 1.0))

@@ -113,6 +113,7 @@ def test_a_plan_has_the_bytes_of_sharded_parameters_and_a_target_that_is_too_sma
     assert refused.returncode == 1 and "it must be h200:4x8" in refused.stderr
     large = plan(
         "--target", "v5e:2x2", "--cfg", "experiments/configs/quickstart.toml", "--model.embed_dim", "4096",
-        "--data.context_length", "4096", "--model.vocab_size", "65536", "--mesh.data", "4",
+        "--model.num_layers", "3", "--model.vocab_size", "65536", "--mesh.data", "4",
+        "--optim.loss_chunk", "64", "--model.remat", "block",
     )  # fmt: skip
     assert "does not fit" in large.stdout and "mesh.data=1, mesh.fsdp=4" in large.stdout

@@ -9,7 +9,9 @@ import pytest
 from scripts import COMPILING, ROOT, STEPS, command, rows
 
 TEXTS = ROOT / "rwkv_jax" / "nn"
-EVERY_20 = ["--run.checkpoint_every", "20"]
+EVERY_20 = ["--run.checkpoint_every", "20", "--run.validate_every", "20"]
+PATIENCE = 600
+"""Seconds: four processes that compile share two cores."""
 
 
 def environment(devices):
@@ -36,7 +38,7 @@ def start(folder, count, *overrides, each=()):
 
 def ended(processes):
     """Their outputs, once all have ended."""
-    return [process.communicate(timeout=240)[0] for process in processes]
+    return [process.communicate(timeout=PATIENCE)[0] for process in processes]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,7 @@ def test_processes_of_which_one_is_killed_end_and_one_process_resumes_as_if_noth
     # The checkpoint at 20 is whole, and the next one, at 40, is never reached.
     cut = ["--mesh.data", "2", "--mesh.fsdp", "2", *(word for pair in mesh.items() for word in pair)]
     every = start(folder, count, *EVERY_20, *cut)
-    end = time.monotonic() + 240
+    end = time.monotonic() + PATIENCE
     while not (folder / "checkpoints" / "20").is_dir():
         assert time.monotonic() < end and all(process.poll() is None for process in every)
         time.sleep(0.02)

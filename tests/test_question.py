@@ -149,6 +149,7 @@ def test_an_empty_continuation_is_refused():
         encode_pair(BYTES, "a", "")
 
 
+@pytest.mark.slow
 def test_items_are_right_by_their_choice_or_by_every_token_of_the_answer(params):
     question = Question("Who sat?", CHOICES, gold=0)
     best = answer_all(params, MODEL, BYTES, [question])[0].index

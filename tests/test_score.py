@@ -106,7 +106,8 @@ def test_an_empty_context_is_the_first_token_alone(shared, convention, before):
     assert abs(one.log_likelihood - exact) < TOLERANCE
 
 
-@pytest.mark.parametrize(("name", "batch_size"), [("rwkv4", 7), pytest.param("rwkv7", 1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "batch_size"), [("rwkv4", 7), ("rwkv7", 1)])
 def test_neither_the_batch_size_nor_the_order_changes_a_score(name, batch_size, monkeypatch):
     monkeypatch.setattr(scoring, "LONGEST_PIECE", 16)  # Fewer shapes to compile.
     params, config = random_model(name)

@@ -80,7 +80,10 @@ for parts in (2, 4):
     mesh = sharding.make_mesh(sharding.MeshConfig(data=1, sequence=parts), jax.devices()[:parts])
     optimizer = optax.adam(1e-3)
     with jax.set_mesh(mesh):
-        state = train.init_train_state(jax.random.key(0), config, optimizer, mesh=mesh)
+        shapes = jax.eval_shape(lambda: train.init_train_state(jax.random.key(0), config, optimizer))
+        where = sharding.param_shardings(module_of(config).declare(config), config.num_layers, mesh)
+        where = train.train_state_shardings(shapes, where, optimizer, mesh)
+        state = jax.tree.map(lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own), shapes, where)
         tokens = jax.ShapeDtypeStruct((2, 4096), jnp.int32, sharding=NamedSharding(mesh, sharding.spec("batch", None)))
         step = jax.jit(partial(train.train_step, config=config, optimizer=optimizer, l2wrap=0.0, loss_chunk=64))
         found.append(step.lower(state, tokens, tokens, None).compile().memory_analysis().temp_size_in_bytes)

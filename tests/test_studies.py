@@ -84,7 +84,8 @@ def test_a_power_law_is_found_again(floor):
     np.testing.assert_allclose(law(parameters), losses, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["transformer", pytest.param("rwkv4", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["transformer", "rwkv4"])
 def test_losses_by_position_are_those_of_one_call_and_cleared_ones_those_of_documents_cut_up(name):
     model = models(TrainingConfig(vocab_size=32), 1, 64, window=16)[name]
     params = rwkv_jax.init(jax.random.key(0), model)

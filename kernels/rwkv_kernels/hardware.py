@@ -48,7 +48,12 @@ def why_not() -> str | None:
 
 def prepare() -> None:
     """Sets what the plugins read from the process's environment; call it before JAX is used."""
-    os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "TPU_SKIP_MDS_QUERY": "1"}
+    os.environ |= {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # One process at a time loads libtpu, since a TPU has one user; a compiler needs no TPU.
+    }
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 

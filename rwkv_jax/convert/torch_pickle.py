@@ -5,6 +5,7 @@ replaces by a stand-in that only writes down where the tensor lies; any other na
 what it has named, so that stand-ins have none that can be set.
 """
 
+import errno
 import io
 import math
 import pickle
@@ -78,6 +79,7 @@ def read(path: Path) -> Checkpoint:
     """Returns the tensors of a state dict saved by torch.
 
     Raises:
+        OSError: It cannot be read.
         ValueError: It is truncated or damaged, names anything but tensors, or holds other things than tensors.
     """
     with path.open("rb") as file:
@@ -93,6 +95,8 @@ def read(path: Path) -> Checkpoint:
         except _Refused as error:
             raise ValueError(f"{path}: {error}") from None
         except Exception as error:  # A damaged pickle can raise nearly anything.
+            if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+                raise  # The disk's: the file may be sound. Seeking where damaged offsets point has EINVAL.
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(
                 f"{path}: truncated, or not a checkpoint of torch.save ({reason}); fetch or convert it again"

@@ -1,6 +1,7 @@
 """Every container of the same weights gives the same parameters and logits; what is damaged or hostile is refused."""
 
 import contextlib
+import errno
 import pickle
 import re
 import struct
@@ -27,6 +28,7 @@ from checkpoint_files import (
 from small_models import RWKV, SMALL, forward
 
 import rwkv_jax
+from rwkv_jax.convert import torch_pickle
 from rwkv_jax.convert.formats import open_checkpoint
 
 CONFIG = rwkv_jax.RWKV4Config(vocab_size=17, num_layers=2, embed_dim=6)
@@ -34,6 +36,8 @@ SOURCES = [
     *(f"tiny-rwkv-{version}" for version in ("4v0", "5v1", "5v2", "7v0")),
     *(f"synthetic-rwkv-{version}" for version in ("4v0", "5v1", "5v2", "6v0", "7v0")),
 ]
+FEW = ("synthetic-rwkv-4v0", "synthetic-rwkv-7v0")
+"""Those of the fast tests."""
 CONTAINERS = [
     "synthetic-rwkv-4v0-legacy.pth",
     "tiny-rwkv-4v0-bfloat16.pth",
@@ -78,7 +82,9 @@ def test_a_container_gives_the_parameters_and_logits_of_the_original(name, share
         np.testing.assert_allclose(logits, forward(rounded, config, tokens)[0], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize(
+    "name", [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in SOURCES]
+)
 @pytest.mark.parametrize("container", WRITERS)
 def test_weights_written_by_another_program_give_the_same_logits(container, name, shared, tmp_path):
     file, expected = original(shared, name)
@@ -154,6 +160,7 @@ def test_a_file_cut_anywhere_is_refused_with_its_name(container, tmp_path):
             rwkv_jax.load(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("container", WRITERS)
 def test_a_damaged_byte_never_gives_another_error_than_valueerror(container, tmp_path):
     WRITERS[container](tmp_path / "whole", official(random_params(CONFIG), CONFIG))
@@ -376,3 +383,14 @@ def test_a_header_that_the_tensors_do_not_fit_is_refused(tmp_path):
     (tmp_path / "m").write_bytes(data[:16] + struct.pack("<i", 3) + data[20:])
     with pytest.raises(ValueError, match="header says 3 layers"):
         rwkv_jax.load(tmp_path / "m")
+
+
+def test_a_disk_that_fails_is_not_called_a_damaged_file(tmp_path, monkeypatch):
+    write_torch(tmp_path / "sound", {"x": np.zeros(3, np.float32)})
+
+    def fails(file):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(torch_pickle, "_read_zip", fails)
+    with pytest.raises(OSError, match="Input/output error"):
+        torch_pickle.read(tmp_path / "sound")

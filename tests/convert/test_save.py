@@ -31,7 +31,7 @@ def expressible(config):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", SMALL)
-@pytest.mark.parametrize("file", ["m.safetensors", "m.st"])
+@pytest.mark.parametrize("file", ["m.safetensors", pytest.param("m.st", marks=pytest.mark.slow)])
 def test_safetensors_give_back_every_bit_and_the_config(file, name, dtype, tmp_path):
     config, params = with_eps(SMALL[name], 3e-5), random_params(SMALL[name], jnp.dtype(dtype))
     rwkv_jax.save(tmp_path / file, params, config)

@@ -1,5 +1,6 @@
 """Every kernel compiles, forward and backward, for A100, H200 and TPU v5e, none of which is here."""
 
+import os
 import subprocess
 import sys
 
@@ -54,3 +55,20 @@ def test_kernels_on_parts_of_a_mesh_need_no_collectives(target):
         pytest.skip(reason)
     done = subprocess.run([sys.executable, "-c", SHARDED, target], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.aot
+def test_tpus_are_described_while_another_process_has_libtpu_loaded():
+    if reason := hardware.why_not():
+        pytest.skip(reason)
+    loads = "import jax; jax.devices(); print('loaded', flush=True); input()"
+    describes = "from rwkv_kernels import hardware; hardware.prepare(); print(len(hardware.devices('v5e', 4)))"
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    with subprocess.Popen(
+        [sys.executable, "-c", loads], env=environment, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    ) as other:  # fmt: skip
+        assert other.stdout.readline() == "loaded\n"
+        done = subprocess.run([sys.executable, "-c", describes], capture_output=True, text=True)
+        other.communicate("\n")
+    assert (done.returncode, done.stdout) == (0, "4\n"), done.stderr[-3000:]

@@ -8,7 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import rwkv_kernels
-from kernel_backends import SLOWEST, beside_the_oracle, each_case, hold_against_the_scan, on_this_device
+from kernel_backends import (
+    QUICK,
+    SLOWEST,
+    beside_the_oracle,
+    each_case,
+    hold_against_the_scan,
+    marked,
+    on_this_device,
+)
 from rwkv_kernels import WKV4State, explain_wkv4, numerics
 from rwkv_kernels.wkv4 import bounded, cases
 from rwkv_kernels.wkv4.api import BACKENDS
@@ -16,9 +24,9 @@ from rwkv_kernels.wkv4.cutting import chunk_length
 from rwkv_kernels.wkv4.reference import EMPTY
 
 wkv4 = jax.jit(rwkv_kernels.wkv4, static_argnames="backend")
-HERE, FAST = on_this_device(BACKENDS), beside_the_oracle(BACKENDS)
+HERE = marked(BACKENDS, on_this_device(BACKENDS))
+BESIDE_THE_SCAN = marked(BACKENDS, beside_the_oracle(BACKENDS))
 IN_FLOAT64 = on_this_device(BACKENDS, jnp.float64)
-SLOWLY = [pytest.param(b, marks=pytest.mark.slow) if "pallas" in b else b for b in HERE]
 
 
 @partial(jax.jit, static_argnames="backend")
@@ -57,7 +65,8 @@ def test_backend_equals_scan_in_outputs_and_all_gradients(name, backend, dtypes,
     check(cases.CASES[name], backend, dtypes)
 
 
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BESIDE_THE_SCAN)
 def test_extreme_keys_stay_finite_and_no_less_exact_than_the_scan(backend, x64):
     inputs = bfloat16_exact(cases.make(cases.EXTREME_KEYS))
     if backend in IN_FLOAT64:
@@ -72,10 +81,15 @@ def test_extreme_keys_stay_finite_and_no_less_exact_than_the_scan(backend, x64):
 
 def fits(inputs):
     k, w, u, state = jax.tree.map(jnp.asarray, (inputs.k, inputs.w, inputs.u, WKV4State(*inputs.state)))
-    return bool(bounded.fits(k, w, u, state))
+    return bool(bounded_fits(k, w, u, state))
 
 
-@pytest.mark.parametrize("name", cases.CASES)
+bounded_fits = jax.jit(bounded.fits)
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in cases.CASES]
+)
 def test_parallel_equals_the_scan_where_one_channels_keys_need_a_running_maximum(name, x64):
     inputs = cases.make(cases.CASES[name])
     assert fits(inputs)
@@ -115,16 +129,17 @@ def test_what_no_plain_sum_is_for_does_not_fit(name, value):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", [backend for backend in FAST if backend != SLOWEST])
+@pytest.mark.parametrize("backend", [backend for backend in beside_the_oracle(BACKENDS) if backend != SLOWEST])
 def test_backend_equals_scan_over_4096_tokens(backend, x64):
     check(cases.LONG, backend, [jnp.float32])
 
 
+@pytest.mark.slow
 def test_mosaic_gpu_equals_scan_over_two_chunks(x64):
     check(cases.Case(num_tokens=11, reset="random", ragged=True), SLOWEST, [jnp.float64])
 
 
-@pytest.mark.parametrize("backend", IN_FLOAT64)
+@pytest.mark.parametrize("backend", marked(BACKENDS, IN_FLOAT64))
 def test_output_is_the_papers_weighted_mean(backend, x64):
     inputs = cases.make(cases.Case(batch_size=1, num_tokens=20, embed_dim=4, time_decay=(-3, 1), carried=False))
     k, v, w, u = inputs.k[0], inputs.v[0], inputs.w, inputs.u
@@ -139,34 +154,37 @@ def test_output_is_the_papers_weighted_mean(backend, x64):
 @pytest.mark.parametrize("backend", HERE)
 def test_future_tokens_do_not_change_past_outputs(backend):
     inputs = cases.make(cases.Case(num_tokens=40))
-    k, v, w, u = (jnp.asarray(x, jnp.float32) for x in (inputs.k, inputs.v, inputs.w, inputs.u))
-    y, _ = wkv4(k, v, w, u, backend=backend)
-    changed, _ = wkv4(k.at[:, 25:].add(3), v.at[:, 25:].add(3), w, u, backend=backend)
+    k, v, w, u = (np.asarray(x, np.float32) for x in (inputs.k, inputs.v, inputs.w, inputs.u))
+    state = WKV4State(*(np.asarray(x, np.float32) for x in inputs.state))
+    later = 3 * (np.arange(40) >= 25)[:, None].astype(np.float32)
+    y, _ = wkv4(k, v, w, u, state, backend=backend)
+    changed, _ = wkv4(k + later, v + later, w, u, state, backend=backend)
     np.testing.assert_array_equal(y[:, :25], changed[:, :25])
     assert not np.allclose(y[:, 25:], changed[:, 25:])
 
 
-@pytest.mark.parametrize("backend", SLOWLY)
+@pytest.mark.parametrize("backend", HERE)
 def test_padding_past_length_has_no_effect_and_no_gradient(backend):
     inputs = cases.make(cases.Case(batch_size=2, num_tokens=30))
-    k, v, w, u = (jnp.asarray(x, jnp.float32) for x in (inputs.k, inputs.v, inputs.w, inputs.u))
-    length = jnp.array([13, 30])
-    bad = jnp.arange(30)[None, :, None] >= length[:, None, None]
+    k, v, w, u = (np.asarray(x, np.float32) for x in (inputs.k, inputs.v, inputs.w, inputs.u))
+    length = np.array([13, 30], np.int32)
+    bad = np.arange(30)[None, :, None] >= length[:, None, None]
 
     def loss(k, v, reset):
         y, state = wkv4(k, v, w, u, reset=reset, length=length, backend=backend)
         cost = jnp.sqrt(jnp.abs(y))  # Its gradient at the zeros past the end is not finite.
         return jnp.sum(jnp.where(bad, 0, cost)) + sum(jnp.sum(x) for x in state)
 
-    past = bad[..., 0] & jnp.ones((2, 30), bool)
-    (gk, gv) = jax.grad(loss, argnums=(0, 1))(jnp.where(bad, jnp.inf, k), jnp.where(bad, jnp.nan, v), past)
-    clean_k, clean_v = jax.grad(loss, argnums=(0, 1))(k, v, jnp.zeros_like(past))
+    gradients = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    gk, gv = gradients(np.where(bad, np.float32(np.inf), k), np.where(bad, np.float32(np.nan), v), bad[..., 0])
+    clean_k, clean_v = gradients(k, v, np.zeros((2, 30), bool))
     assert not np.any(np.where(bad, gk, 0)) and not np.any(np.where(bad, gv, 0))
     np.testing.assert_array_equal(gk, clean_k)
     np.testing.assert_array_equal(gv, clean_v)
 
 
-@pytest.mark.parametrize("backend", SLOWLY)
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", HERE)
 def test_vmap_over_every_argument_equals_a_loop(backend):
     problems = [cases.make(cases.CASES["lengths_and_resets"], seed) for seed in range(3)]
 
@@ -179,15 +197,12 @@ def test_vmap_over_every_argument_equals_a_loop(backend):
         return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.cos(state.aa))
 
     as_float32 = [
-        jax.tree.map(lambda x: jnp.asarray(x, None if x.dtype in (bool, np.int32) else jnp.float32), p)
-        for p in problems
+        jax.tree.map(lambda x: np.asarray(x, None if x.dtype in (bool, np.int32) else np.float32), p) for p in problems
     ]
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *as_float32)
-    grad = jax.grad(loss, allow_int=True)
-    batched = jax.jit(jax.vmap(op))(stacked), jax.jit(jax.vmap(grad))(stacked).k
-    one = jax.jit(lambda x: (op(x), grad(x).k))
+    one = lambda inputs: (op(inputs), jax.grad(loss, allow_int=True)(inputs).k)
+    batched, single = jax.jit(jax.vmap(one))(jax.tree.map(lambda *x: np.stack(x), *as_float32)), jax.jit(one)
     for i, problem in enumerate(as_float32):
-        for a, b in zip(jax.tree.leaves(batched), jax.tree.leaves(one(problem)), strict=True):
+        for a, b in zip(jax.tree.leaves(batched), jax.tree.leaves(single(problem)), strict=True):
             np.testing.assert_allclose(a[i], b, rtol=2e-5, atol=2e-6)
 
 
@@ -259,12 +274,12 @@ def test_explain_lists_every_backend():
     assert all(name in explain_wkv4("cpu") for name in BACKENDS)
 
 
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", BESIDE_THE_SCAN)
 def test_infinite_decays_and_an_empty_scale_of_minus_infinity_equal_the_scan(backend):
-    inputs = cases.make(cases.Case(num_tokens=20, carried=False))
-    k, v, w, u = (jnp.asarray(x, jnp.float32) for x in (inputs.k, inputs.v, inputs.w, inputs.u))
-    zeros = jnp.zeros((2, 16))
-    arguments = k, v, w.at[3].set(-jnp.inf), u, WKV4State(zeros, zeros, jnp.full_like(zeros, -jnp.inf))
+    inputs = cases.make(cases.Case(num_tokens=40))
+    k, v, w, u = (np.array(x, np.float32) for x in (inputs.k, inputs.v, inputs.w, inputs.u))
+    w[3], zeros = -np.inf, np.zeros((2, 16), np.float32)
+    arguments = k, v, w, u, WKV4State(zeros, zeros, np.full_like(zeros, -np.inf))
     actual, expected = (wkv4(*arguments, backend=name) for name in (backend, "scan"))
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-6)

@@ -8,14 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import rwkv_kernels
-from kernel_backends import SLOWEST, beside_the_oracle, each_case, hold_against_the_scan, holding, on_this_device
+from kernel_backends import (
+    SLOWEST,
+    beside_the_oracle,
+    each_case,
+    hold_against_the_scan,
+    holding,
+    marked,
+    on_this_device,
+)
 from rwkv_kernels import explain_wkv7
 from rwkv_kernels.wkv7 import cases
 from rwkv_kernels.wkv7.api import BACKENDS
 from rwkv_kernels.wkv7.parallel import LONGEST_CHUNK, chunk_length
 
 wkv7 = jax.jit(rwkv_kernels.wkv7, static_argnames="backend")
-HERE, FAST = on_this_device(BACKENDS), beside_the_oracle(BACKENDS)
+HERE = marked(BACKENDS, on_this_device(BACKENDS))
 IN_FLOAT64 = on_this_device(BACKENDS, jnp.float64)
 TOKENS = ("r", "w", "k", "v", "a", "b")
 
@@ -71,7 +79,7 @@ def test_backend_equals_scan_with_wide_heads(backend, head_dim, x64):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", [backend for backend in FAST if backend != SLOWEST])
+@pytest.mark.parametrize("backend", [backend for backend in beside_the_oracle(BACKENDS) if backend != SLOWEST])
 def test_backend_equals_scan_over_4096_tokens(backend, x64):
     check(cases.LONG, backend, [jnp.float32])
 
@@ -81,7 +89,7 @@ def test_mosaic_gpu_equals_scan_over_two_chunks(x64):
     check(cases.Case(num_tokens=19, reset="random", ragged=True), SLOWEST, [jnp.float64])
 
 
-@pytest.mark.parametrize("backend", IN_FLOAT64)
+@pytest.mark.parametrize("backend", marked(BACKENDS, IN_FLOAT64))
 def test_output_and_state_follow_the_recurrence(backend, x64):
     x = cases.make(cases.Case(batch_size=1, num_tokens=20, num_heads=1, key_dim=3, value_dim=2))
     state, expected = x.state[0, 0], []
@@ -165,7 +173,8 @@ def test_padding_past_length_has_no_effect_and_no_gradient(backend):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("backend", [pytest.param(b, marks=pytest.mark.slow) if "pallas" in b else b for b in HERE])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", HERE)
 def test_vmap_over_every_argument_equals_a_loop(backend):
     problems = [as_float32(cases.make(cases.CASES["lengths_and_resets"], seed)) for seed in range(3)]
 

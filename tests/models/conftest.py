@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_models import BACKENDS, EVERY, FAST, SMALL
+from small_models import BACKENDS, EVERY, FAST_PAIRS, SMALL
 
 import rwkv_jax
 
@@ -22,18 +22,29 @@ def params(config, x64):
     return _moved(config)
 
 
+@pytest.fixture
+def fresh(config):
+    """As initialised, in float32."""
+    return _fresh(config)
+
+
+@cache
+def _fresh(config):
+    return rwkv_jax.init(jax.random.key(0), config)
+
+
 @cache
 def _moved(config):
     rng = np.random.default_rng(3)
-    fresh = jax.device_get(rwkv_jax.init(jax.random.key(0), config))
-    return jax.tree.map(lambda x: jnp.asarray(x.astype(np.float64) + 0.3 * rng.normal(size=x.shape)), fresh)
+    moved = lambda x: jnp.asarray(x.astype(np.float64) + 0.3 * rng.normal(size=x.shape))
+    return jax.tree.map(moved, jax.device_get(_fresh(config)))
 
 
 def pytest_generate_tests(metafunc):
     """A test of a model has each of them, and one of a model with a backend each with each of its own."""
     given = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
     if {"config", "backend"} <= set(metafunc.fixturenames):
-        pairs = [pytest.param(*pair, marks=() if pair[0] in FAST else pytest.mark.slow) for pair in BACKENDS]
+        pairs = [pytest.param(*pair, marks=() if pair in FAST_PAIRS else pytest.mark.slow) for pair in BACKENDS]
         metafunc.parametrize(("config", "backend"), pairs, indirect=["config"])
     elif "config" in metafunc.fixturenames and "config" not in given:
         metafunc.parametrize("config", EVERY, indirect=True)

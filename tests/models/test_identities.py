@@ -3,6 +3,7 @@
 Texts are as few shapes as the identities allow, since a shape costs a second of compiling for each model and backend.
 """
 
+import dataclasses
 from functools import partial
 from itertools import pairwise
 
@@ -34,14 +35,33 @@ def draw(config, batch_size, num_tokens, seed=0):
 
 @pytest.fixture
 def run(params, config, backend):
-    """forward of a model in numpy's arrays, whose slices need no compiling."""
-    return lambda *args, **kwargs: jax.device_get(forward(params, config, *args, **kwargs, backend=backend))
+    """forward of a model in numpy's arrays, whose slices need no compiling, and one program for each shape of tokens.
+
+    What is not given is given as what it means. That this changes nothing is a test of its own.
+    """
+
+    def run(tokens, state=None, reset=None, length=None, positions="all"):
+        rows, num_tokens = tokens.shape
+        state = rwkv_jax.init_state(config, rows, jnp.float64) if state is None else state
+        reset = np.zeros(tokens.shape, bool) if reset is None else reset
+        length = np.asarray([num_tokens] * rows if length is None else length, np.int32)
+        return jax.device_get(forward(params, config, tokens, state, reset, length, backend, positions=positions))
+
+    return run
 
 
 @pytest.fixture
 def carried(run, config):
     """A state that has seen something."""
     return run(draw(config, 3, 9, seed=5))[1]
+
+
+def test_what_is_not_given_is_the_empty_state_no_reset_and_the_whole_length(run, params, config, backend):
+    tokens = draw(config, 3, 9)
+    logits, final = forward(params, config, tokens, backend=backend)
+    expected, end = run(tokens)
+    close(logits, expected)
+    trees_close(final, end)
 
 
 @pytest.mark.parametrize(
@@ -76,23 +96,23 @@ def test_reset_equals_separate_sequences_whatever_the_state(run, config, carried
     logits, final = run(tokens, carried, reset)
     for row, at in enumerate(starts):
         edges = sorted({0, *at, 33})
-        state = jax.tree.map(lambda x, row=row: x[:, row : row + 1], carried)
+        state = carried
         for begin, end in pairwise(edges):
             state = None if reset[row, begin] else state
-            part, state = run(tokens[row : row + 1, begin:end], state)
-            close(part[0], logits[row, begin:end])
-        trees_close(state, jax.tree.map(lambda x, row=row: x[:, row : row + 1], final))
+            part, state = run(tokens[:, begin:end], state)
+            close(part[row], logits[row, begin:end])
+        trees_close(*(jax.tree.map(lambda x, row=row: x[:, row], ends) for ends in (state, final)))
 
 
 def test_length_equals_the_shorter_sequence_and_leaves_its_state(run, config, carried):
     tokens, length = draw(config, 3, 33), np.array([0, 7, 33])
     logits, final = run(tokens, carried, None, length)
     for row, n in enumerate([0, 7, 33]):
-        state = jax.tree.map(lambda x, row=row: x[:, row : row + 1], carried)
+        state = carried
         if n:
-            part, state = run(tokens[row : row + 1, :n], state)
-            close(part[0], logits[row, :n])
-        trees_close(jax.tree.map(lambda x, row=row: x[:, row : row + 1], final), state)
+            part, state = run(tokens[:, :n], state)
+            close(part[row], logits[row, :n])
+        trees_close(*(jax.tree.map(lambda x, row=row: x[:, row], ends) for ends in (final, state)))
 
 
 def test_length_zero_leaves_the_empty_state_empty(run, config):
@@ -128,42 +148,45 @@ def test_past_tokens_and_the_state_change_all_later_logits(run, config, carried)
     assert np.all(np.abs(logits - run(tokens)[0]).max(-1) > 0)
 
 
-def gradients(params, config, tokens, state, reset, length, backend):
-    """Of every parameter and the initial state, through logits and every leaf of the final state."""
+def outputs_and_gradients(params, state, config, tokens, reset, length, backend):
+    """(logits, final state), and the gradients of every parameter and the initial state through both."""
 
     def loss(params, state):
         logits, final = forward(params, config, tokens, state, reset, length, backend)
         valid = jnp.arange(tokens.shape[1]) < length[:, None]
         score = jnp.where(valid[..., None], jax.nn.log_softmax(logits) * jnp.cos(jnp.arange(config.vocab_size)), 0)
-        return score.mean() + sum(jnp.sum(jnp.sin(1 + jnp.arange(x.size)) * x.ravel()) for x in final)
+        through_state = sum(jnp.sum(jnp.sin(1 + jnp.arange(x.size)) * x.ravel()) for x in final)
+        return score.mean() + through_state, (logits, final)
 
-    return jax.jit(jax.grad(loss, argnums=(0, 1)))(params, state)
+    gradients, outputs = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, state)
+    return outputs, gradients
+
+
+compiled = jax.jit(outputs_and_gradients, static_argnames=("config", "backend"))
+
+
+def problem(config, hard=True):
+    """Tokens, resets and lengths, of one shape for all tests of gradients."""
+    rng = np.random.default_rng(1)
+    length = [0, 8, 21] if hard else [21] * 3
+    return draw(config, 3, 21), rng.random((3, 21)) < 0.2 * hard, np.array(length, np.int32)
 
 
 @OF_WKV
-@pytest.mark.parametrize(
-    "hard", [pytest.param(False, marks=pytest.mark.slow, id="plain"), pytest.param(True, id="resets_and_lengths")]
-)
+@pytest.mark.parametrize("hard", [False, True], ids=["plain", "resets_and_lengths"])
 def test_gradients_of_parameters_and_states_equal_autodiff_of_the_scan(params, config, hard):
-    tokens, rng = draw(config, 3, 21), np.random.default_rng(1)
     state = forward(params, config, draw(config, 3, 9, seed=5))[1]
-    reset = jnp.asarray(rng.random((3, 21)) < 0.2 * hard)
-    length = jnp.array([0, 8, 21]) if hard else jnp.full(3, 21)
-    arguments = (params, config, tokens, state, reset, length)
-    for a, e in zip(
-        jax.tree.leaves(gradients(*arguments, "parallel")), jax.tree.leaves(gradients(*arguments, "scan")), strict=True
-    ):
+    (_, actual), (_, expected) = (
+        compiled(params, state, config, *problem(config, hard), backend) for backend in ("parallel", "scan")
+    )
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert np.linalg.norm(a - e) <= 1e-10 * np.linalg.norm(e) + 1e-300
 
 
 @pytest.mark.slow
-def test_remat_changes_no_gradient(params, config, backend):
-    import dataclasses
-
-    tokens, state = draw(config, 2, 13), rwkv_jax.init_state(config, 2, jnp.float64)
-    arguments = (tokens, state, jnp.zeros((2, 13), bool), jnp.full(2, 13), backend)
+def test_remat_changes_no_gradient(params, config, backend, carried):
     plain, *others = (
-        gradients(params, dataclasses.replace(config, remat=remat), *arguments)
+        compiled(params, carried, dataclasses.replace(config, remat=remat), *problem(config), backend)
         for remat in ("none", "block", "elementwise")
     )
     for other in others:
@@ -171,19 +194,14 @@ def test_remat_changes_no_gradient(params, config, backend):
 
 
 @pytest.mark.slow
-def test_vmap_over_stacked_parameters_equals_a_loop(params, config, backend):
-    stacked = jax.tree.map(lambda x: jnp.stack([x, 1.1 * x, x - 0.1]), params)
-    tokens = draw(config, 2, 11)
-
-    def loss(params):
-        return forward(params, config, tokens, backend=backend)[0].sum()
-
-    def both(params):
-        return forward(params, config, tokens, backend=backend), jax.grad(loss)(params)
-
-    batched, one = jax.jit(jax.vmap(both))(stacked), jax.jit(both)
-    for i in range(3):
-        trees_close(jax.tree.map(lambda x, i=i: x[i], batched), one(jax.tree.map(lambda x, i=i: x[i], stacked)))
+def test_vmap_over_stacked_parameters_equals_a_loop(params, config, backend, carried):
+    params = jax.device_get(params)
+    each = [jax.tree.map(lambda x, scale=scale: scale * x - 0.1 * (scale > 1), params) for scale in (1, 1.1, 1.2)]
+    one = lambda params: outputs_and_gradients(params, carried, config, *problem(config), backend)
+    batched = jax.device_get(jax.jit(jax.vmap(one))(jax.tree.map(lambda *x: np.stack(x), *each)))
+    for i, params in enumerate(each):
+        expected = compiled(params, carried, config, *problem(config), backend)
+        trees_close(jax.tree.map(lambda x, i=i: x[i], batched), expected)
 
 
 def test_vmap_over_states_equals_a_loop(run, params, config, backend):
@@ -202,21 +220,25 @@ def test_one_token_and_one_row(run, config):
     trees_close(jax.tree.map(jnp.shape, state), jax.tree.map(jnp.shape, rwkv_jax.init_state(config, 1)))
 
 
-def test_state_size_does_not_grow_with_length(run, config):
-    short, long = run(draw(config, 3, 9))[1], run(draw(config, 3, 200))[1]
+def test_state_size_does_not_grow_with_length(run, params, config, backend):
+    short = run(draw(config, 3, 9))[1]
+    long = jax.eval_shape(lambda p: forward(p, config, draw(config, 3, 200), backend=backend)[1], params)
     assert jax.tree.map(jnp.shape, short) == jax.tree.map(jnp.shape, long)
 
 
+@pytest.mark.slow
 @OF_WKV
 def test_scan_takes_jvp_and_hessian_products(params, config):
     tokens = draw(config, 1, 7)
     loss = lambda p: forward(p, config, tokens, backend="scan")[0].var()
     assert "custom_vjp" not in str(jax.make_jaxpr(loss)(params))
-    tangent = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), params)
-    product = jax.jit(lambda p, t: jax.jvp(jax.grad(loss), (p,), (t,))[1])(params, tangent)
-    step, grad = 1e-5, jax.jit(jax.grad(loss))
+    params = jax.device_get(params)
+    tangent = jax.tree.map(lambda x: np.cos(np.arange(x.size)).reshape(x.shape), params)
+    product = jax.device_get(jax.jit(lambda p, t: jax.jvp(jax.grad(loss), (p,), (t,))[1])(params, tangent))
+    step, gradient = 1e-5, jax.jit(jax.grad(loss))
+    grad = lambda params: jax.device_get(gradient(params))
     ahead, behind = (grad(jax.tree.map(lambda x, t, s=s: x + s * t, params, tangent)) for s in (step, -step))
-    norm = np.sqrt(sum(float(jnp.sum(x**2)) for x in jax.tree.leaves(product)))
+    norm = np.sqrt(sum(np.sum(x**2) for x in jax.tree.leaves(product)))
     for a, b, p in zip(*map(jax.tree.leaves, (ahead, behind, product)), strict=True):
         assert np.linalg.norm((a - b) / (2 * step) - p) <= 1e-6 * norm
 
@@ -237,12 +259,9 @@ def test_parallel_has_no_loop_over_time_forward_or_backward(params, config):
     assert all(n is not None and n <= 24 for n in lengths)
 
 
-def test_float32_parameters_give_float32_logits_and_bfloat16_compute_keeps_the_state_float32(config):
-    import dataclasses
-
-    params = rwkv_jax.init(jax.random.key(0), config)
+def test_float32_parameters_give_float32_logits_and_bfloat16_compute_keeps_the_state_float32(config, fresh):
     for dtype in ("float32", "bfloat16"):
-        logits, state = forward(params, dataclasses.replace(config, dtype=dtype), draw(config, 2, 5))
+        logits, state = forward(fresh, dataclasses.replace(config, dtype=dtype), draw(config, 2, 5))
         assert logits.dtype == jnp.float32
         assert {x.dtype for x in state} == {jnp.dtype(jnp.float32)}
 
@@ -251,14 +270,15 @@ def test_layers_compose_into_the_model(params, config, backend):
     """A researcher's own loop over public layers gives forward's numbers."""
     from rwkv_jax.nn.layer_norm import layer_norm
 
-    model, tokens = module_of(config), jnp.asarray(draw(config, 2, 9))
+    model, tokens = module_of(config), jnp.asarray(draw(config, 3, 9))
+    block = jax.jit(model.block, static_argnames=("config", "backend"))
     x, states = model.embed_tokens(params, tokens, jnp.float64), []
     depth = model.init_depth(config, x)
     for layer in range(config.num_layers):
         own = jax.tree.map(
-            lambda leaf, layer=layer: leaf[layer], (params.blocks, rwkv_jax.init_state(config, 2, jnp.float64))
+            lambda leaf, layer=layer: leaf[layer], (params.blocks, rwkv_jax.init_state(config, 3, jnp.float64))
         )
-        (x, depth), state = model.block(own[0], config, (x, depth), own[1], backend=backend)
+        (x, depth), state = block(own[0], config, (x, depth), own[1], backend=backend)
         states.append(state)
     logits, final = forward(params, config, tokens, backend=backend)
     close(layer_norm(params.ln_out, x) @ params.head, logits)
@@ -279,33 +299,28 @@ def test_layers_compose_into_the_model(params, config, backend):
         ({"positions": "first"}, "'first'"),
     ],
 )
-def test_bad_input_is_refused_with_value_and_rule(config, unchecked, change, message):
-    params = rwkv_jax.init(jax.random.key(0), config)
+def test_bad_input_is_refused_with_value_and_rule(config, fresh, unchecked, change, message):
     arguments = {"tokens": jnp.zeros((2, 5), jnp.int32)} | change
     with pytest.raises((ValueError, TypeError), match=message):
-        rwkv_jax.forward(params, config, **arguments)
+        rwkv_jax.forward(fresh, config, **arguments)
 
 
 @OF_WKV
-def test_a_backend_that_is_not_there_is_refused_with_those_that_are(config):
-    params = rwkv_jax.init(jax.random.key(0), config)
+def test_a_backend_that_is_not_there_is_refused_with_those_that_are(config, fresh):
     with pytest.raises(ValueError, match="(?s)parallel: runs here.*scan: runs here"):
-        rwkv_jax.forward(params, config, jnp.zeros((2, 5), jnp.int32), backend="cuda")
+        rwkv_jax.forward(fresh, config, jnp.zeros((2, 5), jnp.int32), backend="cuda")
 
 
-def test_state_of_another_batch_and_params_of_another_config_are_refused(config):
-    import dataclasses
-
-    params, tokens = rwkv_jax.init(jax.random.key(0), config), jnp.zeros((2, 5), jnp.int32)
+def test_state_of_another_batch_and_params_of_another_config_are_refused(config, fresh):
+    tokens = jnp.zeros((2, 5), jnp.int32)
     with pytest.raises(ValueError, match="2 rows of this model need"):
-        rwkv_jax.forward(params, config, tokens, rwkv_jax.init_state(config, 3))
+        rwkv_jax.forward(fresh, config, tokens, rwkv_jax.init_state(config, 3))
     with pytest.raises(ValueError, match=r"emb.weight: shape \(29, 12\), the config asks for \(30, 12\)"):
-        rwkv_jax.forward(params, dataclasses.replace(config, vocab_size=30), tokens)
+        rwkv_jax.forward(fresh, dataclasses.replace(config, vocab_size=30), tokens)
 
 
-def test_a_traced_token_outside_the_vocabulary_gives_nan_and_not_another_row(config):
-    params = rwkv_jax.init(jax.random.key(0), config)
-    tokens = jnp.array([[1, 2], [1, config.vocab_size], [1, -1]])
-    logits, _ = forward(params, config, tokens)
+def test_a_traced_token_outside_the_vocabulary_gives_nan_and_not_another_row(config, fresh):
+    tokens = np.array([[1, 2], [1, config.vocab_size], [1, -1]], np.int32)
+    logits = np.asarray(forward(fresh, config, tokens)[0])
     assert np.isfinite(logits[0]).all() and np.isfinite(logits[:, 0]).all()
     assert np.isnan(logits[1:, 1]).all()

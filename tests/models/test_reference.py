@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from oracles import ORACLES
 from small_models import BACKENDS as EACH_BACKEND
-from small_models import SMALL, forward
+from small_models import FAST_PAIRS, SMALL, forward
 
 import rwkv_jax
 from rwkv_jax import params as p
@@ -56,7 +56,10 @@ def options(config):
     return {name: getattr(config, name) for name in names if hasattr(config, name)}
 
 
-@pytest.mark.parametrize(("name", "backend"), EACH_BACKEND)
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [pair if pair in FAST_PAIRS else pytest.param(*pair, marks=pytest.mark.slow) for pair in EACH_BACKEND],
+)
 def test_random_weights_equal_the_numpy_oracle(name, backend, x64):
     config = SMALL[name]
     rng = np.random.default_rng(0)
@@ -96,7 +99,9 @@ def test_the_numpy_oracle_equals_the_reference(name, shared, x64):
     ],
 )
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [name if "synthetic" in name else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)
 def test_reference_logits_and_states(name, backend, dtype, how, shared, x64):
     _, params, config, expected = load_reference(shared, name, dtype)
     tolerance = FLOAT32 if dtype == np.float32 else FLOAT64

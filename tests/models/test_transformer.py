@@ -135,6 +135,7 @@ def test_a_call_without_a_state_attends_to_its_own_tokens_only():
     assert "7,7]" in jaxpr(None) and "1007]" not in jaxpr(None)
 
 
+@pytest.mark.slow
 def test_decoding_with_the_state_gives_the_argmax_of_the_whole_beyond_the_window():
     params, prompt = random_params(CONFIG, jnp.float32), draw((19,))
     logits, state = generate.prefill(params, CONFIG, np.asarray(prompt))
