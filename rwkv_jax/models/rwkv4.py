@@ -20,6 +20,7 @@ from rwkv_kernels.wkv4 import init_wkv4_state
 from .. import params as p
 from ..nn.layer_norm import LayerNorm, declare_layer_norm, layer_norm
 from ..nn.linear import embed, linear
+from ..nn.spread import spread
 from ..nn.token_shift import token_shift
 from ..nn.wkv import wkv4
 from .base import ModelConfig, Shapes, common_fields
@@ -274,5 +275,5 @@ def block(
 
 
 def _mix(x, shifted, weight):
-    weight = weight.astype(x.dtype)
+    weight = spread(weight, x)
     return x * weight + shifted * (1 - weight)

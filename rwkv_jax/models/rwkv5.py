@@ -19,6 +19,7 @@ from .. import params as p
 from ..nn.group_norm import group_norm
 from ..nn.layer_norm import LayerNorm, declare_layer_norm, layer_norm
 from ..nn.linear import embed, linear
+from ..nn.spread import spread
 from ..nn.token_shift import token_shift
 from ..nn.wkv import wkv6
 from .base import ModelConfig, Shapes, common_fields, rounded_width
@@ -355,5 +356,5 @@ def _rates(params, config, state):
 
 
 def _mix(x, shifted, weight):
-    weight = weight.astype(x.dtype)
+    weight = spread(weight, x)
     return x * weight + shifted * (1 - weight)

@@ -18,6 +18,7 @@ from .. import params as p
 from ..nn.group_norm import group_norm
 from ..nn.layer_norm import LayerNorm, declare_layer_norm, layer_norm
 from ..nn.linear import embed, linear
+from ..nn.spread import spread
 from ..nn.token_shift import token_shift
 from ..nn.wkv import wkv6
 from .base import ModelConfig, Shapes, common_fields, rounded_width
@@ -284,7 +285,7 @@ def time_mix(
     low = jnp.split(jnp.tanh(linear(mixed, params.time_maa_w1)), 5, axis=-1)
 
     def project(low, matrix, mix, weight):
-        return linear(x + delta * (mix.astype(x.dtype) + linear(low, matrix)), weight)
+        return linear(x + delta * (spread(mix, x) + linear(low, matrix)), weight)
 
     mixes = (params.time_maa_w, params.time_maa_k, params.time_maa_v, params.time_maa_r, params.time_maa_g)
     weights = (params.time_decay_w1, params.key, params.value, params.receptance, params.gate)
@@ -294,7 +295,8 @@ def time_mix(
         return y.reshape(*y.shape[:2], config.num_heads, config.head_dim)
 
     wide = state.wkv.dtype
-    decay = params.time_decay.astype(wide) + linear(jnp.tanh(w_low), params.time_decay_w2, dtype=wide)
+    decay = linear(jnp.tanh(w_low), params.time_decay_w2, dtype=wide)
+    decay = spread(params.time_decay, decay) + decay
     w, u = heads(-jnp.exp(decay)), params.time_faaaa.astype(wide)
     wkv, new = wkv6(heads(r), heads(k), heads(v), w, u, state.wkv, reset=reset, length=length, backend=backend)
     y = group_norm(params.ln_x, wkv, config.ln_x_eps) * jax.nn.silu(g)
@@ -354,4 +356,4 @@ def block(
 
 
 def _mix(x, delta, weight):
-    return x + delta * weight.astype(x.dtype)
+    return x + delta * spread(weight, x)

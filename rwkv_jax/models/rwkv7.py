@@ -20,6 +20,7 @@ from .. import params as p
 from ..nn.group_norm import group_norm
 from ..nn.layer_norm import LayerNorm, declare_layer_norm, layer_norm
 from ..nn.linear import embed, linear
+from ..nn.spread import spread
 from ..nn.token_shift import token_shift
 from ..nn.wkv import wkv7
 from .base import ModelConfig, Shapes, common_fields
@@ -359,21 +360,22 @@ def time_mix(
     k = linear(_mix(x, difference, params.x_k), params.key)
     x_v = _mix(x, difference, params.x_v)
     v = linear(x_v, params.value)
-    decay = linear(jnp.tanh(linear(_mix(x, difference, params.x_w), params.w1)), params.w2)
+    decay = linear(jnp.tanh(linear(_mix(x, difference, params.x_w), params.w1)), params.w2).astype(wide)
     iclr = linear(linear(_mix(x, difference, params.x_a), params.a1), params.a2)
     gate = linear(jax.nn.sigmoid(linear(_mix(x, difference, params.x_g), params.g1)), params.g2)
 
-    w = -STRONGEST_DECAY * jax.nn.sigmoid(params.w0.astype(wide) + decay.astype(wide))
-    iclr = jax.nn.sigmoid(params.a0.astype(x.dtype) + iclr)
-    residual = jax.nn.sigmoid(params.v0.astype(x.dtype) + linear(linear(x_v, params.v1), params.v2))
+    w = -STRONGEST_DECAY * jax.nn.sigmoid(spread(params.w0, decay) + decay)
+    iclr = jax.nn.sigmoid(spread(params.a0, x) + iclr)
+    residual = jax.nn.sigmoid(spread(params.v0, x) + linear(linear(x_v, params.v1), params.v2))
     v_first = jnp.where(depth.layer == 0, v, depth.v_first)
     v = v + (v_first - v) * residual  # Layer 0's v_first is its own v.
 
-    r, w, k, v, iclr = (z.reshape(*z.shape[:2], -1, config.head_dim) for z in (r, w, k, v, iclr))
-    kk = _normalised(k * _heads(params.k_k, config, x.dtype))
-    k = k * (1 + (iclr - 1) * _heads(params.k_a, config, x.dtype))
+    kk = k * spread(params.k_k, x)
+    k = k * (1 + (iclr - 1) * spread(params.k_a, x))
+    r, w, k, v, kk, iclr = (z.reshape(*z.shape[:2], -1, config.head_dim) for z in (r, w, k, v, kk, iclr))
+    kk = _normalised(kk)
     y, wkv = wkv7(r, w, k, v, -kk, kk * iclr, state.wkv, reset=reset, length=length, backend=backend)
-    bonus = (r * k * params.r_k.astype(x.dtype)).sum(-1, keepdims=True) * v
+    bonus = (r * k * spread(params.r_k, r)).sum(-1, keepdims=True) * v
     y = group_norm(params.ln_x, y, config.ln_x_eps) + bonus.reshape(x.shape)
     y = linear(y * gate, params.output)
     return (y, Depth(depth.layer + 1, v_first)), state._replace(att_x=att_x, wkv=wkv)
@@ -424,11 +426,7 @@ def block(
 
 
 def _mix(x, difference, weight):
-    return x + difference * weight.astype(x.dtype)
-
-
-def _heads(vector, config, dtype):
-    return vector.astype(dtype).reshape(-1, config.head_dim)
+    return x + difference * spread(weight, x)
 
 
 def _normalised(k):

@@ -23,6 +23,7 @@ from .. import params as p
 from ..nn.attention import attention, rotate
 from ..nn.layer_norm import LayerNorm, declare_layer_norm, layer_norm
 from ..nn.linear import embed, linear
+from ..nn.spread import spread
 from .base import ModelConfig, Shapes
 
 
@@ -326,7 +327,8 @@ def block(
 
 
 def _affine(x, matrix, bias):
-    return linear(x, matrix) + bias.astype(x.dtype)
+    y = linear(x, matrix)
+    return y + spread(bias, y)
 
 
 def _first_places(begin: Int[Array, "B"], reset: Bool[Array, "B T"] | None, room: int, num_tokens: int) -> Array:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .layer_norm import LayerNorm
+from .spread import spread
 
 
 def group_norm(params: LayerNorm, x: Float[Array, "*B H V"], eps: float) -> Float[Array, "*B D"]:
@@ -21,4 +22,4 @@ def group_norm(params: LayerNorm, x: Float[Array, "*B H V"], eps: float) -> Floa
     centred = wide - wide.mean(-1, keepdims=True)
     normal = centred * jax.lax.rsqrt((centred * centred).mean(-1, keepdims=True) + eps)
     joined = normal.reshape(*x.shape[:-2], -1)
-    return (joined * params.weight + params.bias).astype(x.dtype)
+    return (joined * spread(params.weight, joined) + spread(params.bias, joined)).astype(x.dtype)

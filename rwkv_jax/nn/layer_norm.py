@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .. import params as p
+from .spread import spread
 
 EPS = 1e-5
 """Added to the variance, in every version."""
@@ -36,4 +37,4 @@ def layer_norm(params: LayerNorm, x: Float[Array, "*B D"]) -> Float[Array, "*B D
     mean = wide.mean(-1, keepdims=True)
     centred = wide - mean
     scale = jax.lax.rsqrt((centred * centred).mean(-1, keepdims=True) + EPS)
-    return (centred * scale * params.weight + params.bias).astype(x.dtype)
+    return (centred * scale * spread(params.weight, wide) + spread(params.bias, wide)).astype(x.dtype)
