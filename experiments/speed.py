@@ -52,7 +52,7 @@ class Shape(NamedTuple):
 SHAPES = {
     "train-256": Shape("train", 6, 256, 256, 8, 256),
     "train-1024": Shape("train", 6, 256, 256, 8, 1024, accumulate=4),
-    "train-4096": Shape("train", 6, 256, 256, 8, 4096, accumulate=4),
+    "train-4096": Shape("train", 6, 256, 256, 8, 4096, accumulate=8),
     "train7-256": Shape("train", 6, 256, 256, 8, 256, "rwkv7"),
     "train7-1024": Shape("train", 6, 256, 256, 8, 1024, "rwkv7"),
     "train7-4096": Shape("train", 6, 256, 256, 8, 4096, "rwkv7", accumulate=4),
