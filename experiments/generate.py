@@ -9,9 +9,10 @@ import time
 from dataclasses import dataclass, fields
 from typing import Literal
 
+import jax
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from rwkv_jax import generate
+from rwkv_jax import generate, unstack
 from rwkv_jax.pretrained import load_pretrained
 
 
@@ -56,6 +57,8 @@ def run(config: GenerateConfig, sampling: generate.Sampling) -> None:
     params, model, tokenizer, state = load_pretrained(
         config.checkpoint, tokenizer=config.tokenizer, tokenizer_file=config.tokenizer_file
     )
+    if jax.default_backend() == "cpu":
+        params = unstack(params, donate=True)
     pieces = generate.stream(
         params, model, tokenizer, config.prompt,
         max_tokens=config.max_tokens, sampling=sampling, stop=config.stop or (), seed=config.seed,

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .lm import count_params, forward, hidden, init, init_state, unembed
+from .lm import count_params, forward, hidden, init, init_state, unembed, unstack
 from .load import load, load_state
 from .models.rwkv4 import RWKV4Config
 from .models.rwkv5 import RWKV5Config
@@ -32,6 +32,7 @@ __all__ = [
     "save",
     "save_state",
     "unembed",
+    "unstack",
 ]
 
 

@@ -34,6 +34,32 @@ def init_state(config: Config, batch_size: int, dtype: Any = jnp.float32) -> Any
     return module_of(config).init_state(config, batch_size, dtype)
 
 
+def unstack(params: Any, *, donate: bool = False) -> Any:
+    """Returns the parameters with a tree for every layer instead of one whose leaves are stacked, for `forward` to generate with.
+
+    A step over stacked layers copies the weights of each out of the stack before it multiplies, which on a CPU takes as long as
+    multiplying. Of layers that are apart nothing is copied, but all of them are compiled. Only `forward`, `hidden` and what is
+    made of them (`prefill`, `decode`, `stream`) take such parameters.
+
+    Args:
+        params: From `init` or `load`.
+        donate: Whether the stacked arrays are deleted as they are copied, so that memory holds no more than one of them twice.
+    """
+
+    def apart(leaf: Array) -> tuple[Array, ...]:
+        layers = jax.block_until_ready(_unstack(leaf))
+        if donate:
+            leaf.delete()
+        return layers
+
+    structure = jax.tree.structure(params.blocks)
+    leaves = [apart(leaf) for leaf in jax.tree.leaves(params.blocks)]
+    return params._replace(blocks=tuple(jax.tree.unflatten(structure, layer) for layer in zip(*leaves, strict=True)))
+
+
+_unstack = jax.jit(jnp.unstack)
+
+
 def count_params(config: Config) -> int:
     """Returns the number of scalars in the parameters."""
     return p.count(module_of(config).declare(config), config.num_layers)
@@ -66,7 +92,7 @@ def forward(
     carried over in the state gives the same numbers as the whole.
 
     Args:
-        params: From `init` or `load`. float64 parameters compute everything in float64.
+        params: From `init` or `load`, their layers stacked or apart (`unstack`). float64 parameters compute everything in float64.
         config: The model's; static under jit.
         tokens: Ids. One outside the vocabulary raises here, or, traced under jit, makes its row's
             logits from there on, and the row's state, NaN.
@@ -126,11 +152,26 @@ def hidden(
     if length is not None:
         foreign &= jnp.arange(tokens.shape[1]) < length[:, None]
     x = model.embed_tokens(params, jnp.where(foreign, 0, tokens), dtype)
-    (x, _), state = jax.lax.scan(layer, (x, model.init_depth(config, x)), (params.blocks, state))
+    (x, _), state = _over_layers(layer, (x, model.init_depth(config, x)), params.blocks, state)
     x = jnp.where(jnp.cumsum(foreign, axis=1)[..., None] > 0, jnp.nan, x)
     spoilt = foreign.any(1)
     state = jax.tree.map(lambda s: jnp.where(spoilt.reshape(-1, *[1] * (s.ndim - 2)), jnp.nan, s), state)
     return layer_norm(params.ln_out, x), state
+
+
+def _over_layers(layer: Any, carry: Any, blocks: Any, state: Any) -> tuple[Any, Any]:
+    """layer(carry, (block, state)) -> (carry, state) for one layer after the other; the last carry, and the states stacked."""
+    if not _is_unstacked(blocks):
+        return jax.lax.scan(layer, carry, (blocks, state))
+    states = []
+    for i, block in enumerate(blocks):
+        carry, new = layer(carry, (block, jax.tree.map(lambda s, i=i: s[i], state)))
+        states.append(new)
+    return carry, jax.tree.map(lambda *layers: jnp.stack(layers), *states)
+
+
+def _is_unstacked(blocks: Any) -> bool:
+    return type(blocks) is tuple  # One of named fields is a block.
 
 
 def unembed(params: Any, x: Float[Array, "B T D"]) -> Float[Array, "B T A"]:
@@ -140,7 +181,12 @@ def unembed(params: Any, x: Float[Array, "B T D"]) -> Float[Array, "B T A"]:
 
 
 def _check(params, config, tokens, state, reset, length):
-    p.check_shapes(params, module_of(config).declare(config), config.num_layers)
+    declaration = module_of(config).declare(config)
+    if _is_unstacked(params.blocks):
+        declaration = declaration._replace(
+            blocks=tuple(p.of_layer(declaration.blocks, layer) for layer in range(config.num_layers))
+        )
+    p.check_shapes(params, declaration, config.num_layers)
     if not isinstance(tokens, jax.Array | np.ndarray):
         raise TypeError(f"tokens are {type(tokens).__name__}; they must be an array [B, T], such as jnp.array(tokens)")
     if not jnp.issubdtype(tokens.dtype, jnp.integer):

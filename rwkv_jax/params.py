@@ -6,7 +6,7 @@ parameter counts, optimiser groups, sharding axes and the official checkpoint ke
 
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -126,6 +126,11 @@ def init(key: jax.Array, declaration: Any, num_layers: int, shardings: Any = Non
 def count(declaration: Any, num_layers: int) -> int:
     """Returns the number of scalars in all parameters."""
     return sum(int(np.prod(p.stacked_shape(num_layers))) for p in jax.tree.leaves(declaration))
+
+
+def of_layer(declaration: Any, layer: int) -> Any:
+    """Returns the declaration of one layer's own parameters, none of which is stacked."""
+    return jax.tree.map(lambda param: replace(param, key=param.key.format(layer=layer)), declaration)
 
 
 def check_shapes(params: Any, declaration: Any, num_layers: int) -> None:

@@ -285,6 +285,30 @@ def test_layers_compose_into_the_model(params, config, backend):
     trees_close(jax.tree.map(lambda *leaves: jnp.stack(leaves), *states), final)
 
 
+def test_layers_that_are_apart_give_the_stacks_numbers(params, config):
+    apart = rwkv_jax.unstack(params)
+    assert len(apart.blocks) == config.num_layers and not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))
+    first, second = draw(config, 2, 3, seed=1), draw(config, 2, 3, seed=2)
+    state = rwkv_jax.init_state(config, 2, jnp.float64)
+    expected = forward(params, config, second, forward(params, config, first, state)[1])
+    trees_close(forward(apart, config, second, forward(apart, config, first, state)[1]), expected)
+
+
+def test_unstacking_may_delete_the_stack(config, fresh):
+    given = jax.tree.map(jnp.copy, fresh)
+    apart = jax.device_get(rwkv_jax.unstack(given, donate=True))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given.blocks))
+    assert not any(leaf.is_deleted() for leaf in (given.emb, given.head))
+    for layer, block in enumerate(apart.blocks):
+        trees_close(block, jax.tree.map(lambda leaf, layer=layer: leaf[layer], fresh.blocks))
+    with pytest.raises(ValueError, match="but this config's model has"):
+        forward(apart._replace(blocks=apart.blocks[1:]), config, draw(config, 1, 2))
+    narrow = jax.tree.map(lambda leaf: leaf[..., :-1], apart.blocks[-1])
+    key = rf"blocks.{config.num_layers - 1}.att.*, the config asks for"
+    with pytest.raises(ValueError, match=key):
+        forward(apart._replace(blocks=(*apart.blocks[:-1], narrow)), config, draw(config, 1, 2))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
