@@ -12,7 +12,7 @@ from typing import Literal
 import jax
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from rwkv_jax import generate, unstack
+from rwkv_jax import count_params, generate, unstack
 from rwkv_jax.pretrained import load_pretrained
 
 
@@ -57,7 +57,8 @@ def run(config: GenerateConfig, sampling: generate.Sampling) -> None:
     params, model, tokenizer, state = load_pretrained(
         config.checkpoint, tokenizer=config.tokenizer, tokenizer_file=config.tokenizer_file
     )
-    if jax.default_backend() == "cpu":
+    # Below, what a token gains makes up for compiling every layer only after some thousand tokens.
+    if jax.default_backend() == "cpu" and count_params(model) >= 100_000_000:
         params = unstack(params, donate=True)
     pieces = generate.stream(
         params, model, tokenizer, config.prompt,

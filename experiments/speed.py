@@ -215,7 +215,9 @@ def measure(shape: Shape, sizes: dict[str, int] | None = None) -> dict[str, floa
 
         cost -= 2 * shape.embed_dim * shape.vocab_size
     else:
-        params = rwkv_jax.unstack(rwkv_jax.init(jax.random.key(0), config), donate=True)
+        params = rwkv_jax.init(jax.random.key(0), config)
+        if jax.default_backend() == "cpu":
+            params = rwkv_jax.unstack(params, donate=True)
         logits, rwkv_state = rwkv_jax.forward(params, config, tokens[:, :1])
         state = (logits[:, 0], rwkv_state, jnp.zeros_like(logits[:, 0]), jax.random.key(0))
         kwargs = {"sampling": generate.Sampling(temperature=0), "num_tokens": shape.num_tokens}

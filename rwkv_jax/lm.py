@@ -38,23 +38,30 @@ def unstack(params: Any, *, donate: bool = False) -> Any:
     """Returns the parameters with a tree for every layer instead of one whose leaves are stacked, for `forward` to generate with.
 
     A step over stacked layers copies the weights of each out of the stack before it multiplies, which on a CPU takes as long as
-    multiplying. Of layers that are apart nothing is copied, but all of them are compiled. Only `forward`, `hidden` and what is
-    made of them (`prefill`, `decode`, `stream`) take such parameters.
+    multiplying. Layers that are apart spare that, but every one is compiled, and `remat` saves nothing. Only `forward`, `hidden`
+    and what is made of them (`generate.prefill`, `decode`, `stream`) take such parameters.
 
     Args:
-        params: From `init` or `load`.
-        donate: Whether the stacked arrays are deleted as they are copied, so that memory holds no more than one of them twice.
+        params: From `init` or `load`. Those whose layers are apart are returned as they are.
+        donate: Whether the stacked arrays are deleted as they are copied, so that memory holds no more than one of them twice. As
+            with `jax.jit`, they must then be nobody else's.
+
+    Raises:
+        ValueError: The leaves are not stacked over one number of layers.
     """
-
-    def apart(leaf: Array) -> tuple[Array, ...]:
-        layers = jax.block_until_ready(_unstack(leaf))
-        if donate:
+    if _is_unstacked(params.blocks):
+        return params
+    leaves, structure = jax.tree.flatten(params.blocks)
+    if len(sizes := {jnp.shape(leaf)[:1] for leaf in leaves}) != 1:
+        raise ValueError(
+            f"leading sizes of params.blocks are {sizes}; all must be the number of layers, as init makes them"
+        )
+    apart = []
+    for leaf in leaves:
+        apart.append(jax.block_until_ready(_unstack(leaf)))
+        if donate and isinstance(leaf, jax.Array):
             leaf.delete()
-        return layers
-
-    structure = jax.tree.structure(params.blocks)
-    leaves = [apart(leaf) for leaf in jax.tree.leaves(params.blocks)]
-    return params._replace(blocks=tuple(jax.tree.unflatten(structure, layer) for layer in zip(*leaves, strict=True)))
+    return params._replace(blocks=tuple(jax.tree.unflatten(structure, layer) for layer in zip(*apart, strict=True)))
 
 
 _unstack = jax.jit(jnp.unstack)
@@ -145,7 +152,7 @@ def hidden(
         return (constrain(x, *_RESIDUAL), depth), new
 
     if config.remat != "none":
-        layer = jax.checkpoint(layer, prevent_cse=False, policy=_REMAT_POLICIES[config.remat])
+        layer = jax.checkpoint(layer, prevent_cse=_is_unstacked(params.blocks), policy=_REMAT_POLICIES[config.remat])
     # A foreign token must not pass for another one. It is marked at the end: inside, NaN would reach tokens before it, since an
     # operator may form its products over a whole chunk.
     foreign = (tokens < 0) | (tokens >= config.vocab_size)
@@ -183,6 +190,11 @@ def unembed(params: Any, x: Float[Array, "B T D"]) -> Float[Array, "B T A"]:
 def _check(params, config, tokens, state, reset, length):
     declaration = module_of(config).declare(config)
     if _is_unstacked(params.blocks):
+        if len(params.blocks) != config.num_layers:
+            raise ValueError(
+                f"params have {len(params.blocks)} layers (apart) where the config has num_layers={config.num_layers}; "
+                "pass the config they were made with"
+            )
         declaration = declaration._replace(
             blocks=tuple(p.of_layer(declaration.blocks, layer) for layer in range(config.num_layers))
         )

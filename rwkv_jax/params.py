@@ -138,7 +138,8 @@ def check_shapes(params: Any, declaration: Any, num_layers: int) -> None:
     expected_tree, given_tree = jax.tree.structure(declaration), jax.tree.structure(params)
     if expected_tree != given_tree:
         raise ValueError(
-            f"params is {given_tree}, but this config's model has {expected_tree}; make params with rwkv_jax.init or load"
+            f"params is {given_tree}, but this config's model has {expected_tree}; make params with "
+            "rwkv_jax.init or load, and give those of unstack to forward alone"
         )
     wrong = [
         f"{param.key}: shape {jnp.shape(x)}, the config asks for {param.stacked_shape(num_layers)}"
