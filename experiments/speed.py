@@ -47,6 +47,8 @@ class Shape(NamedTuple):
     accumulate: int = 1
     """Parts that a training batch is cut into, as by `optim.accumulate`: less memory, and on CPU more of it in cache. GPT-2 is
     trained with and without, and its better figure is the one to compare with."""
+    stacked: bool = False
+    """Whether layers are left in their stack for decoding."""
 
 
 SHAPES = {
@@ -60,8 +62,14 @@ SHAPES = {
     "prefill-512": Shape("prefill", 12, 768, 50277, 1, 512),
     "decode-1": Shape("decode", 12, 768, 50277, 1, 64),
     "decode-8": Shape("decode", 12, 768, 50277, 8, 64),
+    "decode-1-stacked": Shape("decode", 12, 768, 50277, 1, 64, stacked=True),
+    "decode-8-stacked": Shape("decode", 12, 768, 50277, 8, 64, stacked=True),
+    "decode7-1": Shape("decode", 12, 768, 65536, 1, 64, "rwkv7"),
 }
-RATIOS = [("train-4096", "train-1024"), ("train7-4096", "train7-1024"), ("train7-1024", "train7-1024-scan")]
+RATIOS = [
+    ("train-4096", "train-1024"), ("train7-4096", "train7-1024"), ("train7-1024", "train7-1024-scan"),
+    ("decode-1", "decode-1-stacked"), ("decode-8", "decode-8-stacked"),
+]  # fmt: skip
 """Pairs of shapes that are compared where both were measured."""
 DEFAULT = ["train-256", "train-1024", "train-4096"]
 SECONDS = 12.0
@@ -216,7 +224,7 @@ def measure(shape: Shape, sizes: dict[str, int] | None = None) -> dict[str, floa
         cost -= 2 * shape.embed_dim * shape.vocab_size
     else:
         params = rwkv_jax.init(jax.random.key(0), config)
-        if jax.default_backend() == "cpu":
+        if not shape.stacked:
             params = rwkv_jax.unstack(params, donate=True)
         logits, rwkv_state = rwkv_jax.forward(params, config, tokens[:, :1])
         state = (logits[:, 0], rwkv_state, jnp.zeros_like(logits[:, 0]), jax.random.key(0))
