@@ -64,8 +64,11 @@ def datasets_cache(tmp_path_factory):
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("DISABLE_MULTIPROC", "1")
         import datasets
+        import huggingface_hub
 
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
+        for settings in (datasets.config, huggingface_hub.constants):  # Read when imported, which another test may have done.
+            patch.setattr(settings, "HF_HUB_OFFLINE", True)
         yield
 
 
