@@ -67,7 +67,8 @@ def datasets_cache(tmp_path_factory):
         import huggingface_hub
 
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
-        for settings in (datasets.config, huggingface_hub.constants):  # Read when imported, which another test may have done.
+        # Both read the environment when they are imported, which another test may have done before.
+        for settings in (datasets.config, huggingface_hub.constants):
             patch.setattr(settings, "HF_HUB_OFFLINE", True)
         yield
 
