@@ -224,9 +224,9 @@ def measure(shape: Shape, sizes: dict[str, int] | None = None) -> dict[str, floa
         cost -= 2 * shape.embed_dim * shape.vocab_size
     else:
         params = rwkv_jax.init(jax.random.key(0), config)
+        logits, rwkv_state = rwkv_jax.forward(params, config, tokens[:, :1])
         if not shape.stacked:
             params = rwkv_jax.unstack(params, donate=True)
-        logits, rwkv_state = rwkv_jax.forward(params, config, tokens[:, :1])
         state = (logits[:, 0], rwkv_state, jnp.zeros_like(logits[:, 0]), jax.random.key(0))
         kwargs = {"sampling": generate.Sampling(temperature=0), "num_tokens": shape.num_tokens}
         compiled, compile_s = _compile(generate.decode.lower(params, config, *state, **kwargs))

@@ -49,7 +49,7 @@ def unstack(params: Any, *, donate: bool = False) -> Any:
     Raises:
         ValueError: The leaves are not stacked over one number of layers.
     """
-    if _is_unstacked(params.blocks):
+    if is_unstacked(params):
         return params
     leaves, structure = jax.tree.flatten(params.blocks)
     if len(sizes := {jnp.shape(leaf)[:1] for leaf in leaves}) != 1:
@@ -152,33 +152,34 @@ def hidden(
         return (constrain(x, *_RESIDUAL), depth), new
 
     if config.remat != "none":
-        layer = jax.checkpoint(layer, prevent_cse=_is_unstacked(params.blocks), policy=_REMAT_POLICIES[config.remat])
+        layer = jax.checkpoint(layer, prevent_cse=is_unstacked(params), policy=_REMAT_POLICIES[config.remat])
     # A foreign token must not pass for another one. It is marked at the end: inside, NaN would reach tokens before it, since an
     # operator may form its products over a whole chunk.
     foreign = (tokens < 0) | (tokens >= config.vocab_size)
     if length is not None:
         foreign &= jnp.arange(tokens.shape[1]) < length[:, None]
     x = model.embed_tokens(params, jnp.where(foreign, 0, tokens), dtype)
-    (x, _), state = _over_layers(layer, (x, model.init_depth(config, x)), params.blocks, state)
+    (x, _), state = _over_layers(layer, (x, model.init_depth(config, x)), params, state)
     x = jnp.where(jnp.cumsum(foreign, axis=1)[..., None] > 0, jnp.nan, x)
     spoilt = foreign.any(1)
     state = jax.tree.map(lambda s: jnp.where(spoilt.reshape(-1, *[1] * (s.ndim - 2)), jnp.nan, s), state)
     return layer_norm(params.ln_out, x), state
 
 
-def _over_layers(layer: Any, carry: Any, blocks: Any, state: Any) -> tuple[Any, Any]:
+def _over_layers(layer: Any, carry: Any, params: Any, state: Any) -> tuple[Any, Any]:
     """layer(carry, (block, state)) -> (carry, state) for one layer after the other; the last carry, and the states stacked."""
-    if not _is_unstacked(blocks):
-        return jax.lax.scan(layer, carry, (blocks, state))
+    if not is_unstacked(params):
+        return jax.lax.scan(layer, carry, (params.blocks, state))
     states = []
-    for i, block in enumerate(blocks):
+    for i, block in enumerate(params.blocks):
         carry, new = layer(carry, (block, jax.tree.map(lambda s, i=i: s[i], state)))
         states.append(new)
     return carry, jax.tree.map(lambda *layers: jnp.stack(layers), *states)
 
 
-def _is_unstacked(blocks: Any) -> bool:
-    return type(blocks) is tuple  # One of named fields is a block.
+def is_unstacked(params: Any) -> bool:
+    """Returns whether the layers of these parameters are apart, by `unstack`."""
+    return type(params.blocks) is tuple  # One of named fields is a block.
 
 
 def unembed(params: Any, x: Float[Array, "B T D"]) -> Float[Array, "B T A"]:
@@ -189,7 +190,7 @@ def unembed(params: Any, x: Float[Array, "B T D"]) -> Float[Array, "B T A"]:
 
 def _check(params, config, tokens, state, reset, length):
     declaration = module_of(config).declare(config)
-    if _is_unstacked(params.blocks):
+    if is_unstacked(params):
         if len(params.blocks) != config.num_layers:
             raise ValueError(
                 f"params have {len(params.blocks)} layers (apart) where the config has num_layers={config.num_layers}; "

@@ -86,7 +86,7 @@ class RWKV(_Layer):
         if (params is None) == (rngs is None):
             raise ValueError("RWKV takes either params, or rngs to draw fresh ones from, such as nnx.Rngs(0)")
         params = lm.init(rngs.params(), config) if rngs is not None else params
-        if type(params.blocks) is tuple:
+        if lm.is_unstacked(params):
             raise ValueError(
                 "the layers of these params are apart; RWKV takes them stacked, as before rwkv_jax.unstack"
             )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from small_models import SMALL
 
-from rwkv_jax import RWKV4Config, forward, generate, init, init_state
+from rwkv_jax import RWKV4Config, forward, generate, init, init_state, unstack
 from rwkv_jax.generate import Sampling, decode, prefill, sample, stream
 from rwkv_jax.text import get_tokenizer
 
@@ -232,6 +232,13 @@ def test_streamed_text_is_what_decode_draws():
     expected = bytes(tokens[0].tolist()).partition(b"\0")[0].decode(errors="replace")
     assert len(expected) > 4
     assert text_of(max_tokens=48, temperature=0.0).startswith(expected[:-4])
+
+
+def test_layers_that_are_apart_draw_the_same_text():
+    drawn = (
+        stream(params, MODEL, BYTES, "def ", max_tokens=40) for params in (random_params(), unstack(random_params()))
+    )
+    assert "".join(next(drawn)) == "".join(next(drawn))
 
 
 def test_an_empty_prompt_stands_for_the_start_of_a_document(monkeypatch):
