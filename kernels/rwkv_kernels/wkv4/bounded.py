@@ -17,7 +17,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool
 
 from .cutting import Chunks, Saved, at, count_after, log_decay, put, where
 from .reference import EMPTY, WKV4State
@@ -74,16 +74,9 @@ def _entries(
     inputs: Chunks, w: Array, terms: tuple[Array, Array], start: tuple[Array, Array], *, later: bool
 ) -> tuple[Any, Any]:
     """Walks over chunks, from the first or the last: (the two sums that each begins with [B, N, D], what the end is left with)."""
-    batch, num_chunks, chunk, width = inputs.k.shape
-    if inputs.valid is None and inputs.reset is None:
-        steps = jnp.arange(chunk)[:, None]
-        weights = jnp.exp((chunk - 1 - steps if later else steps) * w)
-    else:
-        count, cut_off = _between(inputs, later)
-        weights = jnp.where(cut_off, 0.0, jnp.exp(count * w))
-    # Of an array of [B N, C, D]: XLA's CPU backend sums [1, N, C, D] ten times as slowly.
-    flat = ((x * weights).reshape(-1, chunk, width).sum(1) for x in terms)
-    added = tuple(x.reshape(batch, num_chunks, width) for x in flat)
+    zero = jnp.zeros_like(inputs.k[:, :, 0])
+    chunk = inputs.k.shape[2]
+    added = lax.fori_loop(0, chunk, lambda i, sums: _advance(inputs, w, terms, sums, i, later=later)[1], (zero, zero))
     decay = jnp.exp(log_decay(inputs, w, -jnp.inf))
 
     def step(carry, one):
@@ -95,42 +88,32 @@ def _entries(
     return tuple(x.swapaxes(0, 1) for x in begins), end
 
 
-def _between(inputs: Chunks, later: bool) -> tuple[Int[Array, "B N C 1"], Bool[Array, "B N C 1"]]:
-    """How many tokens that count lie between each token and its chunk's end (start), and whether it does not reach it."""
-    batch, num_chunks, chunk, _ = inputs.k.shape
-    valid = jnp.ones((batch, num_chunks, chunk, 1), bool) if inputs.valid is None else inputs.valid
-    starts = inputs.starts()
-    starts = jnp.zeros_like(valid) if starts is None else starts
-
-    def number(flags):  # Strictly after each token, or before it.
-        flags = flags.reshape(-1, chunk)
-        counts = count_after(flags)[:, 1:] if later else count_after(flags[:, ::-1])[:, ::-1][:, :-1]
-        return counts.reshape(valid.shape)
-
-    cuts = number(starts) if later else number(starts) + starts
-    return number(valid), ~valid | (cuts > 0)
-
-
 def _walk(inputs: Chunks, w: Array, terms: tuple[Array, Array], begins: tuple[Array, Array], *, later: bool):
     """Walks through all chunks at once: what each token finds of the two sums, of the past or of the future [B, N, C, D]."""
-    chunk, decay = inputs.k.shape[2], jnp.exp(w)
-
-    def forget(reset, x):
-        return x if reset is None else jnp.where(reset, 0.0, x)
+    chunk = inputs.k.shape[2]
 
     def body(i, carry):
         sums, kept = carry
+        found, sums = _advance(inputs, w, terms, sums, i, later=later)
         j = i if later else chunk - 1 - i
-        reset, valid = at((inputs.reset, inputs.valid), j)
-        if later:  # A token that starts a sequence reads nothing, and hands on its own term alone.
-            sums = tuple(where(valid, forget(reset, x), x) for x in sums)
-        kept = tuple(put(x, y, j) for x, y in zip(kept, sums, strict=True))
-        new = tuple(decay * x + at(y, j) for x, y in zip(sums, terms, strict=True))
-        if not later:
-            new = tuple(forget(reset, x) for x in new)
-        return where(valid, new, sums), kept
+        return sums, tuple(put(x, y, j) for x, y in zip(kept, found, strict=True))
 
     return lax.fori_loop(0, chunk, body, (begins, tuple(map(jnp.zeros_like, terms))))[1]
+
+
+def _advance(inputs: Chunks, w: Array, terms: tuple[Array, Array], sums: tuple[Array, Array], i, *, later: bool):
+    """The two sums [B, N, D] that the i-th token of every chunk finds, from its start or its end, and those that it leaves."""
+    decay = jnp.exp(w)
+    j = i if later else inputs.k.shape[2] - 1 - i
+    reset, valid = at((inputs.reset, inputs.valid), j)
+
+    def forget(sums):
+        return sums if reset is None else jnp.where(reset, 0.0, sums)
+
+    # A token that starts a sequence finds nothing of the past, and leaves nothing to what came before it.
+    found = tuple(where(valid, forget(x), x) if later else x for x in sums)
+    new = tuple(decay * x + at(y, j) for x, y in zip(found, terms, strict=True))
+    return found, where(valid, new if later else tuple(map(forget, new)), sums)
 
 
 def _greatest_exponent(inputs: Chunks, w: Array, start: Array) -> Array:

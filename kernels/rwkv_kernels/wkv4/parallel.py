@@ -1,7 +1,7 @@
 """RWKV-4's WKV operator in parallel over time, in XLA operations that run on any device.
 
-Time is cut into about sqrt(T) chunks of C tokens. What each chunk adds to the state is summed for all of them at once; a walk over
-the chunks turns that into the state at each chunk's start; a walk of all chunks at once, token by token, gives the outputs. So the
+Time is cut into about sqrt(T) chunks of C tokens. A walk of all chunks at once, token by token, sums what each adds to the state; a
+walk over the chunks turns that into the state at each chunk's start; another walk of all chunks at once gives the outputs. So the
 loops are about sqrt(T) long, and nearly all the work is done on arrays of sqrt(T) tokens. The backward pass is the same in the
 other direction.
 
