@@ -15,10 +15,11 @@ from jaxtyping import Array, Bool, Float, Int
 from rwkv_kernels import init_wkv6_state
 
 from .. import params as p
+from ..nn.axes import spread
+from ..nn.feed_forward import feed_forward
 from ..nn.group_norm import group_norm
 from ..nn.layer_norm import LayerNorm, declare_layer_norm, layer_norm
 from ..nn.linear import embed, linear
-from ..nn.spread import spread
 from ..nn.token_shift import token_shift
 from ..nn.wkv import wkv6
 from .base import ModelConfig, Shapes, common_fields, rounded_width
@@ -320,9 +321,8 @@ def channel_mix(
     """
     del config
     shifted, ffn_x = token_shift(x, state.ffn_x, reset, length)
-    k = linear(_mix(x, shifted - x, params.time_maa_k), params.key)
     r = linear(_mix(x, shifted - x, params.time_maa_r), params.receptance)
-    y = jax.nn.sigmoid(r) * linear(jnp.square(jax.nn.relu(k)), params.value)
+    y = jax.nn.sigmoid(r) * feed_forward(_mix(x, shifted - x, params.time_maa_k), params.key, params.value)
     return y, state._replace(ffn_x=ffn_x)
 
 

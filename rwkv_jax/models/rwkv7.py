@@ -17,10 +17,11 @@ from jaxtyping import Array, Bool, Float, Int
 from rwkv_kernels import init_wkv7_state
 
 from .. import params as p
+from ..nn.axes import spread, squeezed
+from ..nn.feed_forward import feed_forward
 from ..nn.group_norm import group_norm
 from ..nn.layer_norm import LayerNorm, declare_layer_norm, layer_norm
 from ..nn.linear import embed, linear
-from ..nn.spread import spread
 from ..nn.token_shift import token_shift
 from ..nn.wkv import wkv7
 from .base import ModelConfig, Shapes, common_fields
@@ -375,7 +376,7 @@ def time_mix(
     r, w, k, v, kk, iclr = (z.reshape(*z.shape[:2], -1, config.head_dim) for z in (r, w, k, v, kk, iclr))
     kk = _normalised(kk)
     y, wkv = wkv7(r, w, k, v, -kk, kk * iclr, state.wkv, reset=reset, length=length, backend=backend)
-    bonus = (r * k * spread(params.r_k, r)).sum(-1, keepdims=True) * v
+    bonus = squeezed(r * k * spread(params.r_k, r)).sum(-1, keepdims=True) * squeezed(v)
     y = group_norm(params.ln_x, y, config.ln_x_eps) + bonus.reshape(x.shape)
     y = linear(y * gate, params.output)
     return (y, Depth(depth.layer + 1, v_first)), state._replace(att_x=att_x, wkv=wkv)
@@ -398,8 +399,8 @@ def channel_mix(
     """
     del config
     shifted, ffn_x = token_shift(x, state.ffn_x, reset, length)
-    k = linear(_mix(x, shifted - x, params.x_k), params.key)
-    return linear(jnp.square(jax.nn.relu(k)), params.value), state._replace(ffn_x=ffn_x)
+    y = feed_forward(_mix(x, shifted - x, params.x_k), params.key, params.value)
+    return y, state._replace(ffn_x=ffn_x)
 
 
 def block(
@@ -431,6 +432,6 @@ def _mix(x, difference, weight):
 
 def _normalised(k):
     """k at length 1 in each head, with a finite gradient at 0."""
-    wide = k.astype(jnp.promote_types(k.dtype, jnp.float32))
+    wide = squeezed(k).astype(jnp.promote_types(k.dtype, jnp.float32))
     length = jnp.maximum((wide * wide).sum(-1, keepdims=True), SMALLEST_NORM**2)
-    return (wide * jax.lax.rsqrt(length)).astype(k.dtype)
+    return (wide * jax.lax.rsqrt(length)).astype(k.dtype).reshape(k.shape)

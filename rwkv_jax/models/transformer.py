@@ -21,9 +21,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .. import params as p
 from ..nn.attention import attention, rotate
+from ..nn.axes import spread
 from ..nn.layer_norm import LayerNorm, declare_layer_norm, layer_norm
 from ..nn.linear import embed, linear
-from ..nn.spread import spread
+from ..nn.slices import in_slices
 from .base import ModelConfig, Shapes
 
 
@@ -299,8 +300,12 @@ def channel_mix(
     Args: as in `time_mix`, with x after ln2.
     """
     del config, reset, length
-    hidden = jax.nn.gelu(_affine(x, params.key, params.key_bias), approximate=False)
-    return _affine(hidden, params.value, params.value_bias), state
+
+    def of_tokens(x):
+        hidden = jax.nn.gelu(_affine(x, params.key, params.key_bias), approximate=False)
+        return _affine(hidden, params.value, params.value_bias)
+
+    return in_slices(of_tokens, x, params.key.shape[-1]), state
 
 
 def block(

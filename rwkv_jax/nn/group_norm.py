@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .axes import spread, squeezed
 from .layer_norm import LayerNorm
-from .spread import spread
 
 
 def group_norm(params: LayerNorm, x: Float[Array, "*B H V"], eps: float) -> Float[Array, "*B D"]:
@@ -18,7 +18,7 @@ def group_norm(params: LayerNorm, x: Float[Array, "*B H V"], eps: float) -> Floa
         x: Heads.
         eps: Added to the variance (`ln_x_eps`: 64e-5 in most released models).
     """
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = squeezed(x).astype(jnp.promote_types(x.dtype, jnp.float32))
     centred = wide - wide.mean(-1, keepdims=True)
     normal = centred * jax.lax.rsqrt((centred * centred).mean(-1, keepdims=True) + eps)
     joined = normal.reshape(*x.shape[:-2], -1)

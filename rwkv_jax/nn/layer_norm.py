@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .. import params as p
-from .spread import spread
+from .axes import spread, squeezed
 
 EPS = 1e-5
 """Added to the variance, in every version."""
@@ -33,8 +33,9 @@ def layer_norm(params: LayerNorm, x: Float[Array, "*B D"]) -> Float[Array, "*B D
 
     Computed in float32 (float64 for float64 inputs) and returned in x's dtype.
     """
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = squeezed(x).astype(jnp.promote_types(x.dtype, jnp.float32))
     mean = wide.mean(-1, keepdims=True)
     centred = wide - mean
     scale = jax.lax.rsqrt((centred * centred).mean(-1, keepdims=True) + EPS)
-    return (centred * scale * spread(params.weight, wide) + spread(params.bias, wide)).astype(x.dtype)
+    y = centred * scale * spread(params.weight, wide) + spread(params.bias, wide)
+    return y.astype(x.dtype).reshape(x.shape)

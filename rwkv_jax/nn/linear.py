@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 from ..sharding import constrain, in_use
 
 
-def linear(x: Float[Array, "B T D"], weight: Float[Array, "D E"], dtype: Any = None) -> Float[Array, "B T E"]:
+def linear(x: Float[Array, "*B D"], weight: Float[Array, "D E"], dtype: Any = None) -> Float[Array, "*B E"]:
     """Returns x @ weight, multiplied in x's dtype and accumulated into `dtype` (default: x's).
 
     The product is one of two matrices with x behind a barrier. Otherwise XLA's CPU backend fuses what made x into the
