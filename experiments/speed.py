@@ -1,8 +1,9 @@
 """Measures speed: `python experiments/speed.py [SHAPE ...] [--compare] [--json FILE]`.
 
 Every workload has a process of its own, so that peak memory is its own, and those that are compared take turns of a few seconds:
-a shared machine's speed changes by 10 to 25 % within minutes, so a ratio is the median over the turns of what two workloads did one
-right after the other. A product of two 2048 x 2048 matrices, timed in the same process, gives the limit that the share refers to.
+a shared machine's speed changes by 10 to 25 % within minutes, so a ratio is the median over rounds of turns of what two workloads did
+in the same round. Only one works at a time, but all of a group are in memory. A product of two 2048 x 2048 matrices, timed in the same
+process, gives the limit that the share refers to.
 `--compare` also trains a GPT-2 of equal size in torch, if torch is installed; where our batch is cut into parts, GPT-2 trains with its
 batch whole and in parts. `--mesh fsdp=2,sequence=2` trains on a mesh too: on a CPU the devices are virtual and share its cores, so
 that it shows what cutting costs.
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -59,8 +60,7 @@ SHAPES = {
     "train-4096": Shape("train", 6, 256, 256, 8, 4096, accumulate=8),
     "train7-256": Shape("train", 6, 256, 256, 8, 256, "rwkv7"),
     "train7-1024": Shape("train", 6, 256, 256, 8, 1024, "rwkv7"),
-    "train7-1024-parts": Shape("train", 6, 256, 256, 8, 1024, "rwkv7", accumulate=4),
-    "train7-4096": Shape("train", 6, 256, 256, 8, 4096, "rwkv7", accumulate=8),
+    "train7-4096": Shape("train", 6, 256, 256, 8, 4096, "rwkv7", accumulate=4),
     "train7-1024-scan": Shape("train", 6, 256, 256, 8, 1024, "rwkv7", "scan", remat="none"),
     "prefill-512": Shape("prefill", 12, 768, 50277, 1, 512),
     "decode-1": Shape("decode", 12, 768, 50277, 1, 64),
@@ -70,7 +70,7 @@ SHAPES = {
     "decode7-1": Shape("decode", 12, 768, 65536, 1, 64, "rwkv7"),
 }
 RATIOS = [
-    ("train-4096", "train-1024"), ("train7-4096", "train7-1024-parts"), ("train7-1024", "train7-1024-scan"),
+    ("train-4096", "train-1024"), ("train7-4096", "train7-1024"), ("train7-1024", "train7-1024-scan"),
     ("decode-1", "decode-1-stacked"), ("decode-8", "decode-8-stacked"),
 ]  # fmt: skip
 """Pairs of shapes that are compared where both were measured."""
@@ -96,6 +96,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write results, versions and machine here")
     parser.add_argument("--worker", choices=[*WORK], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    arguments.shapes = list(dict.fromkeys(arguments.shapes))
     unknown = [name for name in arguments.shapes if name not in SHAPES]
     if unknown:
         parser.error(f"there is no shape {unknown[0]}; choose from {', '.join(SHAPES)}")
@@ -118,7 +119,10 @@ def main() -> None:
         for name in names if arguments.compare else ():
             if SHAPES[name].work == "train":
                 workloads[name] += ["gpt2", "gpt2-parts"] if SHAPES[name].accumulate > 1 else ["gpt2"]
-        measured = measure_in_turns([(name, kind) for name in names for kind in workloads[name]], cuts)
+        by_kind = sorted(
+            ((name, kind) for name in names for kind in workloads[name]), key=lambda workload: workload[1] != "rwkv"
+        )
+        measured = measure_in_turns(by_kind, cuts)  # Ours beside each other.
         for name in names:
             results[name] = {kind: measured[name, kind].figures for kind in workloads[name]}
             for kind in workloads[name]:
@@ -178,12 +182,19 @@ def measure_in_turns(
     workloads: list[tuple[str, str]], cuts: dict[str, dict[str, int]]
 ) -> dict[tuple[str, str], Measured]:
     """Runs workloads (shape, kind) in fresh processes that take turns. A kind is one of WORK, or a mesh to train on."""
-    workers = {workload: Worker(*workload, cuts) for workload in workloads}
+    workers: dict[tuple[str, str], Worker] = {}
     speeds = {workload: [] for workload in workloads}
-    for turn in range(TURNS):
-        for workload in workloads[:: -1 if turn % 2 else 1]:  # None is always the one after another.
-            speeds[workload].append(workers[workload].ask("turn"))
-    return {workload: Measured(speeds[workload], worker.end()) for workload, worker in workers.items()}
+    try:
+        for workload in workloads:
+            workers[workload] = Worker(*workload, cuts)
+        for turn in range(TURNS):
+            for workload in workloads[:: -1 if turn % 2 else 1]:  # None is always the one after another.
+                speeds[workload].append(workers[workload].ask("turn"))
+        return {workload: Measured(speeds[workload], worker.end()) for workload, worker in workers.items()}
+    finally:
+        for worker in workers.values():
+            worker.process.kill()
+            worker.process.wait()
 
 
 class Worker:
@@ -209,7 +220,8 @@ class Worker:
         Raises:
             RuntimeError: The process has ended.
         """
-        print(request, file=self.process.stdin, flush=True)
+        with suppress(BrokenPipeError):  # It has ended, and then has no answer.
+            print(request, file=self.process.stdin, flush=True)
         assert self.process.stdout is not None
         if answer := self.process.stdout.readline():
             return json.loads(answer)
@@ -271,6 +283,8 @@ def serve(workload: Workload) -> None:
                 times.append(time.perf_counter() - start)
             speeds.append(workload.tokens / statistics.median(times))
         answer(speeds[-1] if speeds else None)
+    else:  # Whoever asked has gone.
+        return
     figures = {
         "tokens_per_second": statistics.median(speeds), "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     }  # fmt: skip

@@ -17,7 +17,7 @@ MOST_SLICES = 8
 def in_slices(
     function: Callable[[Float[Array, "... D"]], Float[Array, "... E"]], x: Float[Array, "B T D"], width: int
 ) -> Float[Array, "B T E"]:
-    """Returns function(x), on one CPU device formed in slices of tokens, elsewhere at once.
+    """Returns function(x), traced for one CPU device formed in slices of tokens, elsewhere at once.
 
     A channel mix makes four times as many channels as it reads, and reads them again in its gradient: a row of 4096 tokens trained a
     twentieth slower than rows of 1024 before.

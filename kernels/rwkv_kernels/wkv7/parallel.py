@@ -34,7 +34,7 @@ LONGEST_CHUNK = 16
 
 
 class _Chunk(NamedTuple):
-    """One chunk's tokens, G = B H heads of all rows before time: r, w, k, a, b [G, C, K]; v [G, C, V]."""
+    """One chunk's tokens, heads before time: r, w, k, a, b [B, H, C, K]; v [B, H, C, V]."""
 
     r: Array
     w: Array
@@ -48,15 +48,15 @@ class _Factors(NamedTuple):
     """What a chunk's products are made of."""
 
     q: Array
-    """[A; R] [G, 2C, K]."""
+    """[A; R] [B, H, 2C, K]."""
     p: Array
-    """[B; K] [G, 2C, K]."""
+    """[B; K] [B, H, 2C, K]."""
     scale_q: Array
-    """What a and r were multiplied by [G, 2C, K]."""
+    """What a and r were multiplied by [B, H, 2C, K]."""
     scale_p: Array
-    """What b and k were multiplied by [G, C, K]."""
+    """What b and k were multiplied by [B, H, C, K]."""
     decay: Array
-    """e^{c_C} [G, K, 1]."""
+    """e^{c_C} [B, H, K, 1]."""
 
 
 class _Masks(NamedTuple):
@@ -64,11 +64,11 @@ class _Masks(NamedTuple):
 
     pairs: Array
     from_start: Array | None
-    """Rows of Q that see the state before the chunk [G, 2C, 1]; None: all."""
+    """Rows of Q that see the state before the chunk [B, 1, 2C, 1]; None: all."""
     to_end: Array | None
     """Rows of P that the state after the chunk sees."""
     through: Array | None
-    """Whether the state before the chunk reaches its end [G, 1, 1]."""
+    """Whether the state before the chunk reaches its end [B, 1, 1, 1]."""
 
 
 def parallel(
@@ -93,10 +93,8 @@ def parallel(
     if padding:
         r, w, k, v, a, b = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (r, w, k, v, a, b))
         reset = None if reset is None else jnp.pad(reset, ((0, 0), (0, padding)))
-    # Rows' heads lie along one axis: XLA's CPU backend forms products with two such axes half as fast, and sums beside one of length 1
-    # ten times as slowly.
-    y, final = _wkv(_Chunk(r, w, k, v, a, b), state.reshape(-1, *state.shape[2:]).swapaxes(1, 2), reset)
-    return y[:, :num_tokens], final.swapaxes(1, 2).reshape(state.shape)
+    y, state = _wkv(_Chunk(r, w, k, v, a, b), state.swapaxes(2, 3), reset)
+    return y[:, :num_tokens], state.swapaxes(2, 3)
 
 
 def chunk_length(num_tokens: int) -> int:
@@ -125,7 +123,7 @@ def _wkv_bwd(residuals, cotangents):
         i = num_chunks - 1 - i
         state = lax.dynamic_index_in_dim(entries, i, 0, keepdims=False)
         gchunk, gstate = _chunk_gradients(
-            _at(tokens, i, size), _heads_first(_slice(gy, i, size)), state, after, gstate, _masks(reset, tokens, i)
+            _at(tokens, i, size), _heads_first(_slice(gy, i, size)), state, after, gstate, _masks(reset, i, size)
         )
         return _Chunk(*(_put(g, own, i) for g, own in zip(gtokens, gchunk, strict=True))), gstate, state
 
@@ -137,98 +135,96 @@ def _wkv_bwd(residuals, cotangents):
 _wkv.defvjp(_wkv_fwd, _wkv_bwd)
 
 
-def _forward(tokens: _Chunk, state: Float[Array, "G K V"], reset):
-    """Returns y, the final state, and the state before every chunk [N, G, K, V]."""
+def _forward(tokens: _Chunk, state: Float[Array, "B H K V"], reset):
+    """Returns y, the final state, and the state before every chunk [N, B, H, K, V]."""
     num_chunks, size = _count(tokens)
 
     def body(i, carry):
         y, state, entries = carry
-        own, new = _chunk(_at(tokens, i, size), state, _masks(reset, tokens, i))
+        own, new = _chunk(_at(tokens, i, size), state, _masks(reset, i, size))
         return _put(y, own, i), new, lax.dynamic_update_index_in_dim(entries, state, i, 0)
 
     entries = jnp.zeros((num_chunks, *state.shape), state.dtype)
     return lax.fori_loop(0, num_chunks, body, (jnp.zeros_like(tokens.v), state, entries))
 
 
-def _chunk(chunk: _Chunk, state: Float[Array, "G K V"], masks: _Masks):
-    """Returns a chunk's y [G, C, V] and the state after it."""
+def _chunk(chunk: _Chunk, state: Float[Array, "B H K V"], masks: _Masks):
+    """Returns a chunk's y [B, H, C, V] and the state after it."""
     factors = _factors(chunk)
     x, m, _, found = _solve(chunk, factors, state, masks)
-    size = chunk.r.shape[1]
-    y = found[:, size:] + m[:, size:] @ x
-    added = factors.p.swapaxes(1, 2) @ _masked(masks.to_end, x)
+    size = chunk.r.shape[2]
+    y = found[:, :, size:] + m[:, :, size:] @ x
+    added = factors.p.swapaxes(2, 3) @ _masked(masks.to_end, x)
     new = factors.decay * (_masked(masks.through, state) + added)
     return y, new
 
 
 def _solve(chunk: _Chunk, factors: _Factors, state, masks: _Masks):
     """Returns X = [U; V], M, the inverse T of I - M_AB, and what the rows of Q find in the state before the chunk."""
-    size = chunk.r.shape[1]
-    m = jnp.where(masks.pairs, factors.q @ factors.p.swapaxes(1, 2), 0)
-    inverse = _inverse(m[:, :size, :size])
+    size = chunk.r.shape[2]
+    m = jnp.where(masks.pairs, factors.q @ factors.p.swapaxes(2, 3), 0)
+    inverse = _inverse(m[:, :, :size, :size])
     found = _masked(masks.from_start, factors.q @ state)
-    u = inverse @ (found[:, :size] + m[:, :size, size:] @ chunk.v)
-    return jnp.concatenate([u, chunk.v], 1), m, inverse, found
+    u = inverse @ (found[:, :, :size] + m[:, :, :size, size:] @ chunk.v)
+    return jnp.concatenate([u, chunk.v], 2), m, inverse, found
 
 
 def _chunk_gradients(chunk: _Chunk, gy, state, after, gafter, masks: _Masks):
     """Returns the cotangents of a chunk's tokens and of the state before it, given that of y and of the state after it."""
-    size = chunk.r.shape[1]
+    size = chunk.r.shape[2]
     factors = _factors(chunk)
     x, m, inverse, _ = _solve(chunk, factors, state, masks)
     gadded = factors.decay * gafter
-    gx = m[:, size:].swapaxes(1, 2) @ gy + _masked(masks.to_end, factors.p @ gadded)
-    gu = inverse.swapaxes(1, 2) @ gx[:, :size]
-    gv = gx[:, size:] + m[:, :size, size:].swapaxes(1, 2) @ gu
-    z = jnp.concatenate([gu, gy], 1)
-    gm = jnp.where(masks.pairs, z @ x.swapaxes(1, 2), 0)
+    gx = m[:, :, size:].swapaxes(2, 3) @ gy + _masked(masks.to_end, factors.p @ gadded)
+    gu = inverse.swapaxes(2, 3) @ gx[:, :, :size]
+    gv = gx[:, :, size:] + m[:, :, :size, size:].swapaxes(2, 3) @ gu
+    z = jnp.concatenate([gu, gy], 2)
+    gm = jnp.where(masks.pairs, z @ x.swapaxes(2, 3), 0)
     z = _masked(masks.from_start, z)
-    gq = gm @ factors.p + z @ state.swapaxes(1, 2)
-    gp = gm.swapaxes(1, 2) @ factors.q + _masked(masks.to_end, x) @ gadded.swapaxes(1, 2)
-    gstate = _masked(masks.through, gadded) + factors.q.swapaxes(1, 2) @ z
+    gq = gm @ factors.p + z @ state.swapaxes(2, 3)
+    gp = gm.swapaxes(2, 3) @ factors.q + _masked(masks.to_end, x) @ gadded.swapaxes(2, 3)
+    gstate = _masked(masks.through, gadded) + factors.q.swapaxes(2, 3) @ z
 
     through_q, through_p = gq * factors.q, gp * factors.p
-    gc = through_q[:, :size] + through_q[:, size:] - through_p[:, :size] - through_p[:, size:]
-    gc = gc.at[:, -1].add((after * gafter).sum(-1))
-    gw = lax.cumsum(gc, 1, reverse=True) - through_q[:, :size]
+    gc = through_q[:, :, :size] + through_q[:, :, size:] - through_p[:, :, :size] - through_p[:, :, size:]
+    gc = gc.at[:, :, -1].add((after * gafter).sum(-1))
+    gw = lax.cumsum(gc, 2, reverse=True) - through_q[:, :, :size]
     gq = gq * factors.scale_q
-    gb, gk = gp[:, :size] * factors.scale_p, gp[:, size:] * factors.scale_p
-    return _Chunk(gq[:, size:], gw, gk, gv, gq[:, :size], gb), gstate
+    gb, gk = gp[:, :, :size] * factors.scale_p, gp[:, :, size:] * factors.scale_p
+    return _Chunk(gq[:, :, size:], gw, gk, gv, gq[:, :, :size], gb), gstate
 
 
 def _factors(chunk: _Chunk) -> _Factors:
-    c = lax.cumsum(chunk.w, 1)
-    scale_q = jnp.exp(jnp.concatenate([c - chunk.w, c], 1))
+    c = lax.cumsum(chunk.w, 2)
+    scale_q = jnp.exp(jnp.concatenate([c - chunk.w, c], 2))
     scale_p = jnp.exp(-c)
-    q = jnp.concatenate([chunk.a, chunk.r], 1) * scale_q
-    p = jnp.concatenate([chunk.b * scale_p, chunk.k * scale_p], 1)
-    return _Factors(q, p, scale_q, scale_p, scale_q[:, -1, :, None])
+    q = jnp.concatenate([chunk.a, chunk.r], 2) * scale_q
+    p = jnp.concatenate([chunk.b * scale_p, chunk.k * scale_p], 2)
+    return _Factors(q, p, scale_q, scale_p, scale_q[:, :, -1, :, None])
 
 
-def _inverse(lower: Float[Array, "G C C"]) -> Float[Array, "G C C"]:
+def _inverse(lower: Float[Array, "*B C C"]) -> Float[Array, "*B C C"]:
     """Returns (I - lower)^-1 of strictly lower triangular matrices, halving them."""
     size = lower.shape[-1]
     if size == 1:
         return jnp.ones_like(lower)
     half = size // 2
-    halves = jnp.concatenate([lower[:, :half, :half], lower[:, half:, half:]])
-    first, second = jnp.split(_inverse(halves), 2)
-    corner = second @ (lower[:, half:, :half] @ first)
+    halves = jnp.stack([lower[..., :half, :half], lower[..., half:, half:]])
+    first, second = _inverse(halves)
+    corner = second @ (lower[..., half:, :half] @ first)
     rows = jnp.concatenate([first, jnp.zeros_like(first)], -1), jnp.concatenate([corner, second], -1)
     return jnp.concatenate(rows, -2)
 
 
-def _masks(reset: Bool[Array, "B T"] | None, tokens: _Chunk, i) -> _Masks:
-    _, size = _count(tokens)
+def _masks(reset: Bool[Array, "B T"] | None, i, size: int) -> _Masks:
     later = jnp.tri(size, k=-1, dtype=bool)
     pairs = jnp.concatenate([jnp.tile(later, (1, 2)), jnp.tile(later | jnp.eye(size, dtype=bool), (1, 2))])
     if reset is None:
         return _Masks(pairs, None, None, None)
     sequence = jnp.cumsum(_slice(reset, i, size), 1)  # 0 is that of the state before the chunk
-    sequence = jnp.repeat(sequence, tokens.r.shape[2], 0)  # [G, C]
-    same = jnp.tile(sequence[:, :, None] == sequence[:, None], (1, 2, 2))
-    tiled = jnp.tile(sequence, (1, 2))[:, :, None]
-    end = sequence[:, -1, None, None]
+    same = jnp.tile(sequence[:, :, None] == sequence[:, None], (1, 2, 2))[:, None]
+    tiled = jnp.tile(sequence, (1, 2))[:, None, :, None]
+    end = sequence[:, -1, None, None, None]
     return _Masks(pairs & same, tiled == 0, tiled == end, end == 0)
 
 
@@ -250,12 +246,9 @@ def _slice(x: Array, i, size: int) -> Array:
     return lax.dynamic_slice_in_dim(x, i * size, size, 1)
 
 
-def _put(x: Float[Array, "B T H K"], chunk: Float[Array, "G C K"], i) -> Float[Array, "B T H K"]:
-    rows, _, heads, _ = x.shape
-    return lax.dynamic_update_slice_in_dim(
-        x, chunk.reshape(rows, heads, *chunk.shape[1:]).swapaxes(1, 2), i * chunk.shape[1], 1
-    )
+def _put(x: Float[Array, "B T H K"], chunk: Float[Array, "B H C K"], i) -> Float[Array, "B T H K"]:
+    return lax.dynamic_update_slice_in_dim(x, chunk.swapaxes(1, 2), i * chunk.shape[2], 1)
 
 
-def _heads_first(x: Float[Array, "B C H K"]) -> Float[Array, "G C K"]:
-    return x.swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3])
+def _heads_first(x: Array) -> Array:
+    return x.swapaxes(1, 2)
