@@ -53,7 +53,8 @@ def test_slices_are_equal_few_and_only_where_they_help(tiny_cache):
 
 
 def test_a_mesh_has_no_slices(tiny_cache):
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2,), ("data",))):
+    mesh = jax.sharding.AbstractMesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.sharding.use_abstract_mesh(mesh):
         assert lengths_of(lambda x: x, (2, 8, 3)) == [(2, 8, 3)]
 
 
