@@ -77,37 +77,36 @@ def _entries(
 ) -> tuple[Any, Any]:
     """Walks over chunks, from the first or the last: (the two sums that each begins with [B, N, D], what the end is left with)."""
     zero = jnp.zeros_like(inputs.k[:, :, 0])
-    chunk = inputs.k.shape[2]
+    chunk, decay = inputs.k.shape[2], jnp.exp(w)
     added = lax.fori_loop(
-        0, chunk, lambda i, sums: _advance(inputs, w, terms, sums, i, later=later)[1], (zero, zero), unroll=UNROLL
+        0, chunk, lambda i, sums: _advance(inputs, decay, terms, sums, i, later=later)[1], (zero, zero), unroll=UNROLL
     )
-    decay = jnp.exp(log_decay(inputs, w, -jnp.inf))
+    decay_of_chunk = jnp.exp(log_decay(inputs, w, -jnp.inf))
 
     def step(carry, one):
         decay, *own = one
         return tuple(decay * x + y for x, y in zip(carry, own, strict=True)), carry
 
-    over_chunks = tuple(x.swapaxes(0, 1) for x in (decay, *added))
+    over_chunks = tuple(x.swapaxes(0, 1) for x in (decay_of_chunk, *added))
     end, begins = lax.scan(step, start, over_chunks, reverse=not later)
     return tuple(x.swapaxes(0, 1) for x in begins), end
 
 
 def _walk(inputs: Chunks, w: Array, terms: tuple[Array, Array], begins: tuple[Array, Array], *, later: bool):
     """Walks through all chunks at once: what each token finds of the two sums, of the past or of the future [B, N, C, D]."""
-    chunk = inputs.k.shape[2]
+    chunk, decay = inputs.k.shape[2], jnp.exp(w)
 
     def body(i, carry):
         sums, kept = carry
-        found, sums = _advance(inputs, w, terms, sums, i, later=later)
+        found, sums = _advance(inputs, decay, terms, sums, i, later=later)
         j = i if later else chunk - 1 - i
         return sums, tuple(put(x, y, j) for x, y in zip(kept, found, strict=True))
 
     return lax.fori_loop(0, chunk, body, (begins, tuple(map(jnp.zeros_like, terms))), unroll=UNROLL)[1]
 
 
-def _advance(inputs: Chunks, w: Array, terms: tuple[Array, Array], sums: tuple[Array, Array], i, *, later: bool):
+def _advance(inputs: Chunks, decay: Array, terms: tuple[Array, Array], sums: tuple[Array, Array], i, *, later: bool):
     """The two sums [B, N, D] that the i-th token of every chunk finds, from its start or its end, and those that it leaves."""
-    decay = jnp.exp(w)
     j = i if later else inputs.k.shape[2] - 1 - i
     reset, valid = at((inputs.reset, inputs.valid), j)
 
