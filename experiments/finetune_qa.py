@@ -7,7 +7,7 @@ that experiments/train.py does holds here: the run's folder, resuming, overrides
 import launch
 
 if __name__ == "__main__":
-    launch.with_huge_pages()  # Before the imports that take seconds.
+    launch.with_tuned_malloc()  # Before the imports that take seconds.
 
 import json
 import math

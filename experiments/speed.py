@@ -17,19 +17,16 @@ import json
 import math
 import os
 import platform
-import resource
-import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import launch
+from turns import Measured, Program, Workload, in_turns, serve
 
 
 class Shape(NamedTuple):
@@ -119,10 +116,10 @@ def main() -> None:
         for name in names if arguments.compare else ():
             if SHAPES[name].work == "train":
                 workloads[name] += ["gpt2", "gpt2-parts"] if SHAPES[name].accumulate > 1 else ["gpt2"]
-        by_kind = sorted(
+        by_kind = sorted(  # Ours beside each other.
             ((name, kind) for name in names for kind in workloads[name]), key=lambda workload: workload[1] != "rwkv"
         )
-        measured = measure_in_turns(by_kind, cuts)  # Ours beside each other.
+        measured = in_turns({workload: program(*workload, cuts) for workload in by_kind})
         for name in names:
             results[name] = {kind: measured[name, kind].figures for kind in workloads[name]}
             for kind in workloads[name]:
@@ -166,72 +163,16 @@ def groups(names: list[str]) -> list[list[str]]:
     return found
 
 
-class Measured(NamedTuple):
-    """What a workload did."""
-
-    speeds: list[float]
-    """Tokens a second in each of its turns, the median of its calls."""
-    figures: dict[str, float]
-
-    def over(self, other: "Measured") -> float:
-        """Returns its speed over another's that took turns with it."""
-        return statistics.median(a / b for a, b in zip(self.speeds, other.speeds, strict=True))
-
-
-def measure_in_turns(
-    workloads: list[tuple[str, str]], cuts: dict[str, dict[str, int]]
-) -> dict[tuple[str, str], Measured]:
-    """Runs workloads (shape, kind) in fresh processes that take turns. A kind is one of WORK, or a mesh to train on."""
-    workers: dict[tuple[str, str], Worker] = {}
-    speeds = {workload: [] for workload in workloads}
-    try:
-        for workload in workloads:
-            workers[workload] = Worker(*workload, cuts)
-        for turn in range(TURNS):
-            for workload in workloads[:: -1 if turn % 2 else 1]:  # None is always the one after another.
-                speeds[workload].append(workers[workload].ask("turn"))
-        return {workload: Measured(speeds[workload], worker.end()) for workload, worker in workers.items()}
-    finally:
-        for worker in workers.values():
-            worker.process.kill()
-            worker.process.wait()
-
-
-class Worker:
-    """The process of a workload, which has compiled it and called it once."""
-
-    def __init__(self, name: str, kind: str, cuts: dict[str, dict[str, int]]):
-        self.name = f"{kind} at {name}"
-        command, environment = [sys.executable, __file__, name, "--worker"], dict(os.environ)
-        if kind in cuts:
-            command += ["rwkv", "--mesh", kind]
-            flags = f"--xla_force_host_platform_device_count={math.prod(cuts[kind].values())}"
-            environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
-        else:
-            command.append(kind)
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        self.ask("start")
-
-    def ask(self, request: str) -> Any:
-        """Returns the answer to a request.
-
-        Raises:
-            RuntimeError: The process has ended.
-        """
-        with suppress(BrokenPipeError):  # It has ended, and then has no answer.
-            print(request, file=self.process.stdin, flush=True)
-        assert self.process.stdout is not None
-        if answer := self.process.stdout.readline():
-            return json.loads(answer)
-        raise RuntimeError(f"the process of {self.name} ended with exit code {self.process.wait()}; see above")
-
-    def end(self) -> dict[str, float]:
-        """Ends the process and returns its figures."""
-        figures = self.ask("end")
-        self.process.wait()
-        return figures
+def program(name: str, kind: str, cuts: dict[str, dict[str, int]]) -> Program:
+    """Returns what starts the process of a shape's workload; a kind is one of WORK, or a mesh to train on."""
+    command, environment = [sys.executable, __file__, name, "--worker"], dict(os.environ)
+    if kind in cuts:
+        flags = f"--xla_force_host_platform_device_count={math.prod(cuts[kind].values())}"
+        environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
+        command += ["rwkv", "--mesh", kind]
+    else:
+        command.append(kind)
+    return Program(f"{kind} at {name}", command, environment)
 
 
 def print_line(name: str, kind: str, measured: dict[tuple[str, str], Measured]) -> None:
@@ -250,53 +191,6 @@ def print_line(name: str, kind: str, measured: dict[tuple[str, str], Measured]) 
     elif kind != "rwkv":
         ratio = f"   {own.over(ours):.2f} of one device"
     print(f"{label:28s} {columns[0]:>9s} {columns[1]:>8s} {columns[2]:>9s} {columns[3]:>8s}{ratio}", flush=True)
-
-
-class Workload(NamedTuple):
-    """What a worker repeats."""
-
-    call: Callable[[Any], Any]
-    """From what it carries on to the next."""
-    carry: Any
-    tokens: int
-    """A call."""
-    compile_s: float | None = None
-    flops: float | None = None
-    """A call's, in matrix products, to compare with the limit."""
-
-
-def serve(workload: Workload) -> None:
-    """Answers requests on the standard input: "turn" with the tokens a second of one, "end" with all figures."""
-
-    def answer(x: Any) -> None:
-        print(json.dumps(x), flush=True)
-
-    carry, speeds = workload.call(workload.carry), []
-    for request in sys.stdin:
-        if request == "end\n":
-            break
-        if request == "turn\n":
-            times: list[float] = []
-            while sum(times) < SECONDS:
-                start = time.perf_counter()
-                carry = workload.call(carry)
-                times.append(time.perf_counter() - start)
-            speeds.append(workload.tokens / statistics.median(times))
-        answer(speeds[-1] if speeds else None)
-    else:  # Whoever asked has gone.
-        return
-    figures = {
-        "tokens_per_second": statistics.median(speeds), "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    }  # fmt: skip
-    if workload.compile_s is not None and workload.flops is not None:
-        from rwkv_jax import devices
-
-        flops_per_second = figures["tokens_per_second"] * workload.flops / workload.tokens
-        figures |= {
-            "compile_s": workload.compile_s,
-            "share_of_gemm": flops_per_second / devices.measure_gemm("float32"),
-        }
-    answer(figures)
 
 
 def rwkv(shape: Shape, sizes: dict[str, int] | None = None) -> Workload:
@@ -423,5 +317,5 @@ WORK = {"rwkv": rwkv, "gpt2": gpt2, "gpt2-parts": lambda shape: gpt2(shape, shap
 """What a worker's process repeats."""
 
 if __name__ == "__main__":
-    launch.with_huge_pages()
+    launch.with_tuned_malloc()
     main()

@@ -7,7 +7,7 @@ The run's folder holds everything; the same command continues it. Any field of t
 import launch
 
 if __name__ == "__main__":
-    launch.with_huge_pages()  # Before the imports that take seconds.
+    launch.with_tuned_malloc()  # Before the imports that take seconds.
 
 import math
 from typing import Any
