@@ -1,9 +1,10 @@
 """Measures speed: `python experiments/speed.py [SHAPE ...] [--compare] [--json FILE]`.
 
-Every workload has a process of its own, so that peak memory is its own, and those that are compared take turns of a few seconds:
-a shared machine's speed changes by 10 to 25 % within minutes, so a ratio is the median over rounds of turns of what two workloads did
-in the same round. Only one works at a time, but all of a group are in memory. A product of two 2048 x 2048 matrices, timed in the same
-process, gives the limit that the share refers to.
+Every workload has a process of its own, so that peak memory is its own, and those that are compared take turns of some seconds (at
+least two calls): a shared machine's speed changes by 10 to 25 % within minutes, so a ratio is the median over rounds of turns of what
+two workloads did in the same round. Only one works at a time, but all of a group are in memory. All, GPT-2 too, have the settings of
+malloc that `launch.py` describes. "1st call" is the speed of a turn's first call, which is not counted, over that of the counted ones.
+A product of two 2048 x 2048 matrices, timed in the same process, gives the limit that the share refers to.
 `--compare` also trains a GPT-2 of equal size in torch, if torch is installed; where our batch is cut into parts, GPT-2 trains with its
 batch whole and in parts. `--mesh fsdp=2,sequence=2` trains on a mesh too: on a CPU the devices are virtual and share its cores, so
 that it shows what cutting costs.
@@ -71,11 +72,12 @@ RATIOS = [
     ("decode-1", "decode-1-stacked"), ("decode-8", "decode-8-stacked"),
 ]  # fmt: skip
 """Pairs of shapes that are compared where both were measured."""
+COLUMNS = {
+    "tokens_per_second": ("tokens/s", ".0f"), "share_of_gemm": ("of GEMM", ".2f"), "compile_s": ("compile s", ".1f"),
+    "peak_mb": ("peak MB", ".0f"), "first_call": ("1st call", ".2f"),
+}  # fmt: skip
+"""What is printed of a workload's figures: title and format."""
 DEFAULT = ["train-256", "train-1024", "train-4096"]
-TURNS = 6
-"""Of each workload."""
-SECONDS = 2.0
-"""Of a turn, and at least one call."""
 
 
 def main() -> None:
@@ -109,8 +111,8 @@ def main() -> None:
     if arguments.compare and importlib.util.find_spec("torch") is None:
         parser.error("--compare needs torch: pip install torch --index-url https://download.pytorch.org/whl/cpu")
 
-    results: dict[str, dict[str, dict[str, float]]] = {}
-    print(f"{'':28s} {'tokens/s':>9s} {'of GEMM':>8s} {'compile s':>9s} {'peak MB':>8s}")
+    results: dict[str, dict[str, dict[str, float | list[float]]]] = {}
+    print(f"{'':28s}", *(f"{title:>9s}" for title, _ in COLUMNS.values()))
     for names in groups(arguments.shapes):
         workloads = {name: ["rwkv", *cuts] for name in names}
         for name in names if arguments.compare else ():
@@ -121,7 +123,9 @@ def main() -> None:
         )
         measured = in_turns({workload: program(*workload, cuts) for workload in by_kind})
         for name in names:
-            results[name] = {kind: measured[name, kind].figures for kind in workloads[name]}
+            results[name] = {
+                kind: {**measured[name, kind].figures, "turns": measured[name, kind].speeds} for kind in workloads[name]
+            }
             for kind in workloads[name]:
                 print_line(name, kind, measured)
         for one, other in RATIOS:
@@ -181,16 +185,14 @@ def print_line(name: str, kind: str, measured: dict[tuple[str, str], Measured]) 
     label = {"rwkv": name, "gpt2": "  GPT-2, batch whole", "gpt2-parts": "  GPT-2, batch in parts"}.get(
         kind, f"  {kind}"
     )
-    columns = [
-        f"{own.figures[figure]:{form}}" if figure in own.figures else "-"
-        for figure, form in (("tokens_per_second", ".0f"), ("share_of_gemm", ".2f"), ("compile_s", ".1f"), ("peak_mb", ".0f"))
-    ]  # fmt: skip
+    figures = (f"{own.figures[key]:{form}}" if key in own.figures else "-" for key, (_, form) in COLUMNS.items())
+    columns = " ".join(f"{figure:>9s}" for figure in figures)
     ratio = ""
     if kind.startswith("gpt2"):
         ratio = f"   RWKV has {ours.over(own):.2f} times its tokens/s"
     elif kind != "rwkv":
         ratio = f"   {own.over(ours):.2f} of one device"
-    print(f"{label:28s} {columns[0]:>9s} {columns[1]:>8s} {columns[2]:>9s} {columns[3]:>8s}{ratio}", flush=True)
+    print(f"{label:28s} {columns}{ratio}", flush=True)
 
 
 def rwkv(shape: Shape, sizes: dict[str, int] | None = None) -> Workload:

@@ -10,13 +10,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Hashable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any, NamedTuple, TypeVar
 
-TURNS = 8
+TURNS = 6
 """Of each workload."""
 SECONDS = 2.0
-"""Of a turn that are counted, and at least one call."""
+"""Of a turn before it is counted, and then again; at least one call each."""
 
 
 class Workload(NamedTuple):
@@ -35,30 +35,41 @@ class Workload(NamedTuple):
 def serve(workload: Workload) -> None:
     """Answers requests on the standard input: "turn" with the tokens a second of one, "end" with all figures.
 
-    A turn's first call is not counted: on virtual machines, memory that lay idle while others worked may be slow to touch again, by
-    a tenth of a call, which training without pause never meets.
+    A turn's first SECONDS are not counted: on a virtual machine the first call after another process has worked may be slower, by up
+    to a tenth, and training without pause never meets that. The figure `first_call` is its speed over that of the turn.
     """
+    carry = workload.carry
+
+    def calls() -> list[float]:
+        nonlocal carry
+        times: list[float] = []
+        while sum(times) < SECONDS:
+            start = time.perf_counter()
+            carry = workload.call(carry)
+            times.append(time.perf_counter() - start)
+        return times
 
     def answer(x: Any) -> None:
         print(json.dumps(x), flush=True)
 
-    carry, speeds = workload.call(workload.carry), []
+    carry = workload.call(carry)
+    speeds: list[float] = []
+    first_calls: list[float] = []
     for request in sys.stdin:
         if request == "end\n":
             break
         if request == "turn\n":
-            carry, times = workload.call(carry), []
-            while sum(times) < SECONDS:
-                start = time.perf_counter()
-                carry = workload.call(carry)
-                times.append(time.perf_counter() - start)
-            speeds.append(workload.tokens / statistics.median(times))
+            first, usual = calls()[0], statistics.median(calls())
+            speeds.append(workload.tokens / usual)
+            first_calls.append(usual / first)
         answer(speeds[-1] if speeds else None)
     else:  # Whoever asked has gone.
         return
     figures = {
-        "tokens_per_second": statistics.median(speeds), "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    }  # fmt: skip
+        "tokens_per_second": statistics.median(speeds),
+        "first_call": statistics.median(first_calls),
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
     if workload.compile_s is not None and workload.flops is not None:
         from rwkv_jax import devices
 
@@ -100,30 +111,27 @@ def in_turns(programs: Mapping[Key, Program]) -> dict[Key, Measured]:
     Raises:
         RuntimeError: A worker's process has ended.
     """
-    workers: dict[Key, Worker] = {}
     speeds: dict[Key, list[float]] = {key: [] for key in programs}
-    try:
+    with ExitStack() as ended:
+        workers: dict[Key, Worker] = {}
         for key, program in programs.items():
-            workers[key] = Worker(program)
+            workers[key] = worker = Worker(program)
+            ended.callback(worker.close)
+            worker.ask("start")
         for turn in range(TURNS):
             for key in [*workers][:: -1 if turn % 2 else 1]:  # None is always the one after another.
                 speeds[key].append(workers[key].ask("turn"))
-        return {key: Measured(speeds[key], worker.end()) for key, worker in workers.items()}
-    finally:
-        for worker in workers.values():
-            worker.process.kill()
-            worker.process.wait()
+        return {key: Measured(speeds[key], worker.ask("end")) for key, worker in workers.items()}
 
 
 class Worker:
-    """A process that serves a workload, which it has compiled and called once."""
+    """A process that serves a workload: once it has answered, that is compiled and has been called."""
 
     def __init__(self, program: Program):
         self.name = program.name
         self.process = subprocess.Popen(
             program.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=program.environment
         )
-        self.ask("start")
 
     def ask(self, request: str) -> Any:
         """Returns the answer to a request.
@@ -138,8 +146,7 @@ class Worker:
             return json.loads(answer)
         raise RuntimeError(f"the process of {self.name} ended with exit code {self.process.wait()}; see above")
 
-    def end(self) -> dict[str, float]:
-        """Ends the process and returns its figures."""
-        figures = self.ask("end")
-        self.process.wait()
-        return figures
+    def close(self) -> None:
+        """Ends the process, whatever it does."""
+        self.process.kill()
+        self.process.communicate()  # Waits, and closes what leads to it.
