@@ -15,7 +15,7 @@ def with_tuned_malloc() -> None:
 
     XLA's CPU backend asks for the temporary memory of every call anew, whose first touch, 4 kB at a time, costs a tenth and more of
     a training step. Its threads also ask for scratch of some 10 MB in every large product, which with glibc's own settings goes
-    back to the system after each: another 4 % with rows of 4096 tokens. A thread keeps at most 64 MB. glibc reads these settings
+    back to the system after each: another 2 to 4 % with rows of 4096 tokens. A thread keeps at most 64 MB. glibc reads these settings
     only when a process starts; other C libraries ignore them. `GLIBC_TUNABLES= python ...` goes without.
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
