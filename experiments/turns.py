@@ -35,8 +35,9 @@ class Workload(NamedTuple):
 def serve(workload: Workload) -> None:
     """Answers requests on the standard input: "turn" with the tokens a second of one, "end" with all figures.
 
-    A turn's first SECONDS are not counted: on a virtual machine the first call after another process has worked may be slower, by up
-    to a tenth, and training without pause never meets that. The figure `first_call` is its speed over that of the turn.
+    A turn's first SECONDS are not counted: on a virtual machine the first call after another process has worked may be slower, the
+    more so the more memory it touches, and training without pause never meets that. The figure `first_call` is its speed over that
+    of the turn.
     """
     carry = workload.carry
 
